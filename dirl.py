@@ -1,0 +1,1175 @@
+# SPDX-License-Identifier: MIT
+"""DiRL (arXiv 2512.22234) in one file: post-training of block diffusion language models, SFT, then RL (DiPO).
+
+    torchrun dirl.py --stage rl                                               a tiny model: SFT, then DiPO
+    torchrun dirl.py --stage sft --model MODEL --data chats.jsonl             SFT of an SDAR checkpoint
+    torchrun dirl.py --stage rl --model runs/NAME/sft --data problems.jsonl   DiPO from there
+    python dirl.py --help                                                     the flags, the paper's values
+
+The paper stands above the cut line, in the order of its equations, as functions on plain tensors that import
+only torch. The machinery that feeds them stands below it.
+
+    Eq. 1-2, Fig. 4b   who sees whom, what one forward holds        mask_mod, layout, join
+    Eq. 2              log π_θ, the one definition of the policy    log_policy, log_probs
+    Eq. 3              noising of a block; the SFT loss             noised_document, sft_loss
+    Eq. 4-5            advantage, C_ε, the KL term                  advantage, C_eps, kl_k3
+    section 3.2        what the model saw at every decoding step    trajectory_document
+    Eq. 6, 7, 8        DiPO                                         trajectory_weights, eq6, eq7, eq8
+    section 5.1        static, dynamic, sequential decoding         draw, unmask
+
+Symbols. B block size; k block; t ∈ [0, 1] noise time; s decoding step within a block, from 1 (the paper's
+other t); P prompt length; L output length; S = P + L; V views of a document; N tokens of a packed row; R
+those of them that a loss reads; G group size; τ a trajectory, |τ| its decoding steps; `threshold` the
+confidence threshold of section 5.1 (the paper's other τ); sg[·] stops the gradient: `.detach()`.
+
+Departures: where the paper is silent or contradicts itself, this file chooses.
+  - One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way is
+    B more tokens (a view), where Fig. 4b repeats the whole sequence. Same log-probabilities, fewer tokens.
+  - w(t) of Eq. 3 is 1/t, the ELBO weight of the linear schedule; t ≥ 1e-3; one t a block, as Eq. 3 is
+    written. The sum is divided by the answer tokens of the whole batch.
+  - |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code counts tokens (--count tokens). Each
+    objective is a mean over the groups of the batch; Eq. 6 has no 1/G, as printed.
+  - The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
+  - A position's confidence is its top-1 probability, the paper's words. Engines and the authors' code take
+    that of the token drawn there (--confidence drawn): then the objective's gradient is biased.
+  - The clip is symmetric, as printed (the authors' code adds 0.08 above: --eps-high 0.28).
+  - KL is estimated by k3 times π_θ/sg[π_θ]: its expected gradient is that of KL(π_θ‖π_ref), the printed one;
+    the gradient of plain k3 is that of KL(π_ref‖π_θ).
+  - [MASK] is never sampled and has probability 0 in the score; the temperature applies to both; there is no
+    top-k and no top-p.
+  - The tokens after the stop token in the last block belong to the trajectory: the model drew them.
+  - A step with fewer mixed groups than --prompts after --max-attempts rounds trains on those it has. Groups
+    of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them.
+"""
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+# ---- Eq. 1-2, Fig. 4b: one forward, and who sees whom in it ------------------------------------------------
+
+
+def mask_mod(doc, copy, block):
+    """Fig. 4b as a FlexAttention mask_mod: one rule for SFT, scoring and decoding.
+
+    doc, copy, block: [N] integers for the tokens of a row: its document; 0 for the clean copy, or the number
+    v ≥ 1 of its view; the block index k. Eq. 1 conditions on b^{<k}, the earlier clean blocks, and Eq. 2 on
+    b_t^k, the token's own copy of its block."""
+    def sees(batch, head, q, kv):
+        same_document = doc[q] == doc[kv]
+        own_copy_of_block = (copy[q] == copy[kv]) & (block[q] == block[kv])
+        earlier_clean_block = (copy[kv] == 0) & (block[kv] < block[q])
+        return same_document & (own_copy_of_block | earlier_clean_block)
+    return sees
+
+
+def dense_mask(sees, N, device):
+    """The mask_mod of one row as a bool tensor [1, 1, N, N], for scaled_dot_product_attention."""
+    i = torch.arange(N, device=device)
+    return sees(0, 0, i[:, None], i[None, :])[None, None]
+
+
+def block_mask(sees, N, device, tile=128):
+    """The mask_mod of one row as a BlockMask; N is a multiple of `tile`.
+
+    Goes strip by strip, `tile` queries against all keys, so that its memory is tile · N and never N · N."""
+    kv = torch.arange(N, device=device)
+    strips = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
+    visible = torch.stack(strips)                                # [N/tile, N/tile] visible pairs in each tile
+    full = visible == tile * tile
+    partial = (visible > 0) & ~full
+
+    def ordered(tiles):                                          # how many per strip, and their indices first
+        return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
+    tiles = [x[None, None] for x in (*ordered(partial), *ordered(full))]
+    return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
+
+
+def layout(clean, blocks, views, B):
+    """One document: the clean copy of a sequence, then views of some of its blocks as the model saw them at a
+    moment.
+
+    clean: [S] tokens, S a multiple of B; blocks: [V] block index of each view; views: [V, B] its tokens.
+    Returns ids, pos, copy: [S + V·B]. A view has the position ids of its block, so that block = pos // B
+    everywhere."""
+    S, V = len(clean), len(blocks)
+    inside = torch.arange(B)
+    return {"ids": torch.cat([clean, views.flatten()]),
+            "pos": torch.cat([torch.arange(S), (blocks[:, None] * B + inside).flatten()]),
+            "copy": torch.cat([torch.zeros_like(clean), torch.arange(1, V + 1).repeat_interleave(B)])}
+
+
+def pack(lengths, max_tokens):
+    """Documents into rows of at most max_tokens, longest first, each into the first row with room; one that
+    is longer gets a row of its own. Returns a list of lists of document indices."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r in range(len(rows)) if lengths[i] <= room[r]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
+
+
+def join(documents, length=None):
+    """Documents → one row of `length` tokens (None: as many as there are); padding is one more document.
+
+    Adds doc: [N]; makes view numbers unique and `reads`, where a loss reads, indices into the row; all else,
+    one value a token or one a read, is concatenated as it is."""
+    parts, tokens, views = [], 0, 0
+    for i, d in enumerate(documents):
+        parts.append({**d, "doc": torch.full_like(d["ids"], i), "reads": d["reads"] + tokens,
+                      "copy": torch.where(d["copy"] > 0, d["copy"] + views, 0)})
+        tokens += len(d["ids"])
+        views += int(d["copy"].max())
+    pad = torch.zeros((length or tokens) - tokens, dtype=torch.long)
+    parts.append({"ids": pad, "pos": torch.arange(len(pad)), "copy": pad, "doc": pad - 1})
+    return {name: torch.cat([p[name] for p in parts if name in p]) for name in parts[0]}
+
+
+# ---- Eq. 2: the policy, and its log-probabilities where a loss reads them ----------------------------------
+
+
+def log_policy(logits, temperature, mask_id):
+    """log π_θ(· | b_t^k, b^{<k}): [..., vocab], at least float32. The one definition of the policy, for the
+    sampler and the scorer alike: temperature, and [MASK] (mask_id) forbidden."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    forbidden = torch.tensor([mask_id], device=logits.device)
+    return logits.index_fill(-1, forbidden, -torch.inf).log_softmax(-1)
+
+
+def log_probs(hidden, weight, target, temperature, mask_id, chunk=512):
+    """Eq. 2, read where a loss needs it: log π_θ(target_r | …) [R] and the entropy of π_θ there [R], nats.
+
+    hidden: [R, d]; weight: [vocab, d], the vocabulary projection; target: [R]. At most chunk · vocab logits
+    exist at a time, in the backward too, which computes them again. The entropy carries no gradient."""
+    def one(hidden, target):
+        log_pi = log_policy(hidden @ weight.T, temperature, mask_id)                    # [chunk, vocab]
+        return log_pi.gather(1, target[:, None])[:, 0], torch.special.entr(log_pi.detach().exp()).sum(1)
+    parts = [torch.utils.checkpoint.checkpoint(one, h, y, use_reentrant=False, preserve_rng_state=False)
+             for h, y in zip(hidden.split(chunk), target.split(chunk))]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+# ---- Eq. 3: SFT --------------------------------------------------------------------------------------------
+
+
+def noised_document(tokens, P, u, z, B, mask_id):
+    """Eq. 3's forward process on one example: each answer token is masked with probability t = 1 - α_t.
+
+    tokens: [S] prompt and answer, S a multiple of B; P: prompt length; u: [K'] uniform, one a block from the
+    block P // B on; z: [K', B] uniform, one a token. Prompt tokens in the first of these blocks stay clean
+    and carry no loss. A block without a masked token has no loss and gets no view. A position predicts
+    itself: nothing is shifted."""
+    first = P // B
+    t = 1e-3 + (1 - 1e-3) * u                                                           # [K'] noise time
+    blocks = torch.arange(first, len(tokens) // B)                                      # [K'] block index k
+    clean = tokens.view(-1, B)[first:]                                                  # [K', B] b_0^k
+    is_answer = blocks[:, None] * B + torch.arange(B) >= P
+    masked = (z < t[:, None]) & is_answer                                           # [K', B] (b_t^k)_j = MASK
+    used = masked.any(1)
+    document = layout(tokens, blocks[used], torch.where(masked, mask_id, clean)[used], B)
+    document["reads"] = len(tokens) + masked[used].flatten().nonzero()[:, 0]             # [R]
+    document["target"] = clean[masked]                                                  # [R] (b_0^k)_j
+    document["weight"] = (1 / t)[:, None].expand_as(masked)[masked]                     # [R] w(t) = 1/t
+    return document
+
+
+def sft_loss(logp, weight, answer_tokens):
+    """Eq. 3: L = Σ_k w(t) Σ_j 1[(b_t^k)_j = MASK] CE(p_θ(· | b_t^k, b^{<k}), (b_0^k)_j), per answer token.
+
+    logp, weight: [R], log p_θ and w(t) of the masked tokens; answer_tokens: the batch's, masked or not."""
+    return -(weight * logp).sum() / answer_tokens
+
+
+# ---- Eq. 4-5: GRPO's parts ---------------------------------------------------------------------------------
+
+
+def advantage(rewards, divide_by_std=False):
+    """A_i = r_i - (1/G) Σ_j r_j for rewards [groups, G]; section 3.2's "normalized" also divides by the
+    group's standard deviation (the population's; a group of equal rewards has A = 0)."""
+    A = rewards - rewards.mean(1, keepdim=True)
+    return A / A.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8) if divide_by_std else A
+
+
+def C_eps(ratio, A, eps, eps_high):
+    """C_ε(ρ, A) = min(ρ A, clip(ρ, 1-ε, 1+ε) A), elementwise; eps_high is the ε of the upper side."""
+    return torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps_high) * A)
+
+
+def kl_k3(logp, logp_ref):
+    """KL[π_θ‖π_ref] at tokens drawn from π_θ, elementwise: π_θ/sg[π_θ] (π_ref/π_θ - 1 - log(π_ref/π_θ)).
+
+    The bracket is k3. The factor before it is 1, and makes the expected gradient that of KL(π_θ‖π_ref)."""
+    log_ratio = logp_ref - logp
+    return (logp - logp.detach()).exp() * (log_ratio.exp() - 1 - log_ratio)
+
+
+# ---- section 3.2: a trajectory and what the model saw ------------------------------------------------------
+
+
+def trajectory_document(prompt, output, steps, B, mask_id):
+    """A trajectory τ as one document; what stood in a block before a decoding step s, τ(1:s-1), is a view.
+
+    prompt: [P]; output: [L], whole blocks to the end; steps: [L], the step map, the step within its block
+    (from 1) at which each output token was committed. The view (k, s) shows the prompt's tokens and those
+    committed before s, and [MASK] elsewhere. reads: [L], in the order of the output: where each
+    log π_θ(o | τ(1:s-1)) is read. The document has P + L + B Σ_k steps_k tokens."""
+    P, S = len(prompt), len(prompt) + len(output)
+    tokens = torch.cat([prompt, output])                                                # [S]
+    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)                  # [K, B] 0 for the prompt
+    count = step.max(1).values                                                          # [K] steps_k
+    first = count.cumsum(0) - count                                                 # [K] views before block k
+    blocks = torch.arange(S // B).repeat_interleave(count)                            # [V] block of each view
+    s = torch.arange(len(blocks)) - first[blocks] + 1                                  # [V] its decoding step
+    views = torch.where(step[blocks] < s[:, None], tokens.view(-1, B)[blocks], mask_id)  # [V, B]
+    document = layout(tokens, blocks, views, B)
+    p = torch.arange(P, S)                                                              # [L] positions of o
+    document["reads"] = S + (first[p // B] + steps - 1) * B + p % B
+    document["target"] = output
+    return document
+
+
+# ---- Eq. 6, 7, 8: DiPO -------------------------------------------------------------------------------------
+
+
+def trajectory_weights(size, objective):
+    """The normaliser of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: a mean over
+    the groups of Eq. 6's 1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group."""
+    return 1 / (size if objective == "eq6" else size.sum(1, keepdim=True).expand_as(size)) / len(size)
+
+
+def eq6(logp, logp_old, A, w, eps, eps_high):
+    """Eq. 6: J = Σ_i 1/|τ_i| Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / π_old(o_k | τ_i(1:t-1)), A_i).
+
+    All [R], one a committed token; logp_old the sampler's; w = 1/|τ_i|. Returns J and where the clip acts."""
+    ratio = (logp - logp_old).exp()
+    objective = C_eps(ratio, A, eps, eps_high)
+    return (w * objective).sum(), objective < ratio * A
+
+
+def eq7(logp, logp_old, A, w, eps, eps_high):
+    """Eq. 7: J = 1/Σ_i |τ_i| Σ_i Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / sg[the same], A_i).
+
+    As Eq. 6, with w = 1/Σ_i |τ_i|; logp_old: None for sg[π_θ], or π_θ before the first of several updates."""
+    ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
+    objective = C_eps(ratio, A, eps, eps_high)
+    return (w * objective).sum(), objective < ratio * A
+
+
+def eq8(logp, logp_old, A, w, eps, eps_high, view):
+    """Eq. 8: J = 1/Σ_i |τ_i| Σ_i Σ_t C_ε(π_θ(τ_i(t) | τ_i(1:t-1)) / sg[π_θ(τ_i(t) | τ_i(1:t-1))], A_i).
+
+    As Eq. 7, but the ratio is that of a step's tokens together; view: [R], the number of the token's step."""
+    log_ratio = logp - (logp.detach() if logp_old is None else logp_old)
+    T = int(view.max()) + 1 if len(view) else 0                                    # decoding steps in the row
+    ratio = logp.new_zeros(T).index_add(0, view, log_ratio).exp()                 # [T] of joint probabilities
+    A, w = (x.new_zeros(T).index_copy(0, view, x) for x in (A, w))                # [T] one value a trajectory
+    objective = C_eps(ratio, A, eps, eps_high)
+    return (w * objective).sum(), objective < ratio * A
+
+
+# ---- section 5.1: decoding ---------------------------------------------------------------------------------
+
+
+def draw(log_pi, u):
+    """One token a position from π, its distribution function inverted at u ∈ [0, 1); never one with π = 0.
+
+    log_pi: [..., vocab]; u: [...] float64."""
+    cdf = log_pi.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None] * (1 - 1e-12) * cdf[..., -1:], right=True)[..., 0]
+
+
+def unmask(log_pi, token, masked, rule, tokens_per_step, threshold, confidence):
+    """Which masked positions of a block are committed at this step: bool [n, B].
+
+    log_pi: [n, B, vocab]; token: [n, B], drawn there; masked: [n, B]. static: the tokens_per_step most
+    confident; sequential: the leftmost ones; dynamic: all of at least `threshold`, and always the most
+    confident one. Confidence is a position's top-1 probability ("top1"), which no draw can change, or the
+    drawn token's ("drawn")."""
+    top1, drawn = log_pi.max(-1).values, log_pi.gather(-1, token[..., None])[..., 0]    # [n, B]
+    score = (top1 if confidence == "top1" else drawn).exp()
+    if rule == "sequential":
+        score = -torch.arange(masked.shape[1], device=masked.device).expand_as(masked).float()
+    score = score.masked_fill(~masked, -torch.inf)
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)   # [n, B] 0 the most confident
+    chosen = (score >= threshold) | (rank == 0) if rule == "dynamic" else rank < tokens_per_step
+    return masked & chosen
+
+
+# ================================================ cut line ==================================================
+# Above: the paper. Below: the machinery.
+import argparse
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+
+from tqdm import tqdm
+
+# ---- 1. Configuration --------------------------------------------------------------------------------------
+
+
+def flag(default, text, paper=None, choices=None, least=None):
+    return field(default=default, metadata={"text": text, "paper": paper, "choices": choices, "least": least})
+
+
+@dataclass
+class Config:
+    """The flags. None stands for a value that depends on the model and the stage: PRESETS."""
+    stage: str = flag("rl", "sft, or rl, which for the tiny model runs sft first", choices=("sft", "rl"))
+    model: str = flag("tiny", "tiny (built here), a folder in SDAR format, or a hub name", "SDAR-8B-Chat")
+    data: str = flag(None, ".json or .jsonl: chats (sft), problems (rl); else built-in arithmetic")
+    out: str = flag(None, "folder of the run: metrics.jsonl, checkpoints; else under runs/")
+    recipe: str = flag(None, "paper: its values for the flags not given", choices=("paper",))
+    seed: int = flag(0, "of every random draw", least=0)
+    steps: int = flag(None, "optimizer steps of sft, rollout steps of rl", "sft 100, rl 40", least=0)
+    lr: float = flag(None, "peak learning rate of AdamW", "sft 1e-5, rl 1e-6", least=0)
+    schedule: str = flag(None, "learning rate after warm-up", "sft cosine", ("constant", "cosine"))
+    warmup: int = flag(None, "steps of linear warm-up", "10 (authors' code)", least=0)
+    max_tokens: int = flag(None, "N: most tokens of a packed row; a longer document is its own row", least=1)
+    max_length: int = flag(None, "most tokens of an sft example or rl prompt; else skipped", "8192", least=1)
+    batch: int = flag(None, "sft: examples a step", "512", least=1)
+    prompts: int = flag(None, "rl: prompts (groups) a step", "128", least=1)
+    group_size: int = flag(None, "G: trajectories a prompt", "32", least=2)
+    max_new_tokens: int = flag(None, "output tokens at which decoding stops", "8192", least=1)
+    block_size: int = flag(None, "B: tokens a block, for a model that does not say", "4", least=1)
+    unmask: str = flag("dynamic", "section 5.1: which tokens a decoding step commits", "dynamic",
+                       ("static", "dynamic", "sequential"))
+    tokens_per_step: int = flag(1, "static, sequential: tokens a step, a divisor of B", "1", least=1)
+    threshold: float = flag(0.9, "dynamic: commit at this confidence and above", "0.9", least=0)
+    confidence: str = flag("top1", "of a position: top-1 probability, or the drawn token's", "top1",
+                           ("top1", "drawn"))
+    temperature: float = flag(1.0, "of the policy, as sampled and as scored", "1.0", least=1e-3)
+    slots: int = flag(None, "sequences decoded at once", least=1)
+    objective: str = flag("eq8", "DiPO: Eq. 6, 7 or 8", "eq8", ("eq6", "eq7", "eq8"))
+    count: str = flag("steps", "|τ|: decoding steps, or output tokens", "steps", ("steps", "tokens"))
+    eps: float = flag(0.2, "ε of C_ε", "0.2", least=0)
+    eps_high: float = flag(None, "ε of C_ε above 1, where it differs", least=0)
+    beta: float = flag(0.0, "β of the KL term of Eq. 6 and 7; loads a reference model", "0", least=0)
+    adv_std: bool = flag(False, "divide the advantage by the group's standard deviation")
+    updates: int = flag(1, "optimizer updates on each batch of rollouts", "1", least=1)
+    max_attempts: int = flag(4, "dynamic sampling: rounds of rollouts to find mixed groups", least=1)
+    reward: str = flag(None, "module:function(answer, truth) -> number, in place of the built-in check")
+    held_out: int = flag(256, "rl: problems for greedy accuracy, of a file at most a tenth", least=0)
+
+
+# tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
+PRESETS = {
+    "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
+                 batch=24),
+    "tiny sft": dict(steps=700, lr=3e-3, schedule="cosine", warmup=20),
+    "tiny rl": dict(steps=50, lr=3e-4, schedule="constant", warmup=5),
+    "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
+                 batch=16),
+    "real sft": dict(steps=100, lr=1e-5, schedule="cosine", warmup=10),
+    "real rl": dict(steps=40, lr=1e-6, schedule="constant", warmup=10),
+    "paper": dict(max_length=8192, max_new_tokens=8192, prompts=128, group_size=32, batch=512)}
+
+
+def fail(message):
+    """Bad input: one line, exit code 2."""
+    print(f"dirl.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_flags(argv=None):
+    """Flags → namespace, with None for what was not given."""
+    parser = argparse.ArgumentParser(prog="dirl.py", allow_abbrev=False, epilog="In brackets: the default.")
+    parser.error = fail
+    for f in fields(Config):
+        name, meta = "--" + f.name.replace("_", "-"), f.metadata
+        presets = [f"{kind} {values[f.name]}" for kind, values in PRESETS.items()
+                   if f.name in values and "paper" not in kind]
+        default = ", ".join(presets) or ("" if f.default is None or f.default is False else f.default)
+        text = meta["text"] + f" [{default}]" * (default != "")
+        text += f" (paper: {meta['paper']})" if meta["paper"] else ""
+        typed = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": meta["choices"]}
+        parser.add_argument(name, default=None, help=text, **typed)
+    given = parser.parse_args(argv)
+    for f in fields(Config):
+        value, least = getattr(given, f.name), f.metadata["least"]
+        if least is not None and value is not None and not least <= value < math.inf:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+    return given
+
+
+def configure(given, stage):
+    """The Config of a stage: what was given, else the recipe's value, else the model's."""
+    kind = "tiny" if given.model in (None, "tiny") else "real"
+    values = PRESETS[kind] | PRESETS[f"{kind} {stage}"]
+    if given.recipe:
+        values |= PRESETS["paper"] | PRESETS[f"real {stage}"]
+    c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
+    if c.beta > 0 and c.objective == "eq8":
+        fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
+    if c.model == "tiny":
+        c.block_size = c.block_size or 4
+        check_block(c, c.block_size)
+    return replace(c, eps_high=c.eps if c.eps_high is None else c.eps_high)
+
+
+def check_block(c, B):
+    if B % c.tokens_per_step:
+        fail(f"--tokens-per-step {c.tokens_per_step}: must divide the block size {B}")
+
+
+def generator(*key):
+    """The random generator of a (seed, stage, step, prompt, sample): no draw hangs on global state."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ---- 2. Data and reward ------------------------------------------------------------------------------------
+
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def read_records(path):
+    """A .json list or a .jsonl file → [(where it stands, record)]."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if path.endswith(".jsonl"):
+                records = [(f"{path} line {n}", json.loads(x)) for n, x in enumerate(file, 1) if x.strip()]
+            else:
+                records = [(f"{path} record {n}", x) for n, x in enumerate(json.load(file), 1)]
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"--data {path}: not a readable .json list or .jsonl file ({error})")
+    for where, record in records:
+        if not isinstance(record, dict):
+            fail(f"{where}: expected an object, found {type(record).__name__}")
+    return records or fail(f"--data {path}: no records in it")
+
+
+def read_problems(path):
+    """RL data → [(question, truth)]; the field names are DiRL's, GSM8K's, MATH's or Big-Math's."""
+    problems = []
+    for where, r in read_records(path):
+        question = r.get("question", r.get("problem"))
+        answers = r.get("ground_truth_answer"), r.get("answer"), last_boxed(str(r.get("solution")))
+        truth = next((answer for answer in answers if answer is not None), None)
+        truth = str(truth).rsplit("####", 1)[-1].strip() if isinstance(truth, (str, int, float)) else ""
+        if not isinstance(question, str) or not truth:
+            fail(f"{where}: needs question or problem, and ground_truth_answer, answer, or a solution with "
+                 "\\boxed{}")
+        problems.append((question, truth))
+    return problems
+
+
+def read_chats(path):
+    """SFT data → [messages], each cut after its last assistant message: that is the answer."""
+    chats = []
+    for where, r in read_records(path):
+        try:
+            messages = [{"role": str(m["role"]), "content": m["content"] + ""} for m in r["messages"]]
+            last = max(i for i, m in enumerate(messages) if i and m["role"] == "assistant")
+        except (KeyError, TypeError, ValueError):
+            fail(f'{where}: needs "messages": [{{"role", "content"}}, ...], an assistant\'s after the first')
+        chats.append(messages[:last + 1])
+    return chats
+
+
+def arithmetic(key, held_out=False):
+    """Built-in task: a chain of + and -, worked out one by one. Returns (question, demonstration for SFT,
+    answer).
+
+    Three of four demonstrations are impatient and stop before the last term: SFT imitates them with the rest,
+    and RL has something to find out. Whether a question is held out follows from its text, so the two sets
+    cannot meet."""
+    g = generator("arithmetic", key)
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+    while True:
+        totals = [integer(0, 10)]
+        for _ in range(integer(3, 5)):
+            totals.append(min(9, max(0, totals[-1] + integer(-2, 3))))
+        terms = [f"{b - a:+d}" for a, b in zip(totals, totals[1:])]
+        question = str(totals[0]) + "".join(terms) + "=" * integer(0, 2)
+        work = [f"{a}{term}={b}" for a, term, b in zip(totals, terms, totals[1:])]
+        impatient = integer(0, 4) > 0
+        if (hashlib.sha256(question.encode()).digest()[0] < 32) == held_out:
+            return question, ",".join(work[:-1] if impatient else work), str(totals[-1])
+
+
+def arithmetic_reward(answer, truth):
+    """1.0 if what follows the last "=" is the result."""
+    return float(answer.rsplit("=", 1)[-1] == truth)
+
+
+def last_boxed(text):
+    """What stands in the last \\boxed{...} of a text, braces matched; None without one."""
+    start, depth = text.rfind("\\boxed{"), 0
+    for i in range(start + 6, len(text) if start >= 0 else 0):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + 7:i]
+
+
+def math_reward(answer, truth):
+    """1.0 if the answer's last \\boxed{} equals the truth by math-verify (in the main thread only)."""
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+    boxed = last_boxed(answer)
+    if boxed is None or len(boxed) > 200:                              # no final answer is that long
+        return 0.0
+    try:
+        gold, found = (parse(f"\\boxed{{{x}}}", parsing_timeout=2) for x in (truth, boxed))
+        return float(verify(gold, found, timeout_seconds=2))
+    except (Exception, TimeoutException):                          # whatever the model wrote, it is no answer
+        return 0.0
+
+
+def load_reward(c):
+    """The reward, a function (answer, truth) → number: the flag's, else the one that fits the data."""
+    if not c.reward:
+        return math_reward if c.data else arithmetic_reward
+    sys.path.insert(0, os.getcwd())
+    try:
+        module, name = c.reward.split(":")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        fail(f"--reward {c.reward}: expected module:function ({error})")
+
+
+# ---- 3. The model: transformers' Qwen3 under our mask ------------------------------------------------------
+
+
+def attention(module, query, key, value, mask, scaling, **unused):
+    """What Qwen3 calls: FlexAttention under a BlockMask, SDPA under a dense mask (on CPU, in decoding)."""
+    query, key = query.to(value.dtype), key.to(value.dtype)    # autocast leaves them float32 after their norm
+    if isinstance(mask, BlockMask):
+        out = flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+    else:                                      # under a mask, enable_gqa would leave the fast kernels on CUDA
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+@functools.cache
+def flex_attention():
+    torch._dynamo.config.recompile_limit = 64                          # one a row length: see padded_length
+    return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False)
+
+
+def padded_length(n):
+    """Row length on CUDA, few in all: a power of two or three quarters of one, so that little is compiled."""
+    size = max(512, 1 << (n - 1).bit_length())
+    return size * 3 // 4 if n <= size * 3 // 4 else size
+
+
+@dataclass
+class Policy:
+    """A model and all that is needed to speak with it."""
+    model: object                # Qwen3ForCausalLM, float32 weights
+    tokenizer: object
+    folder: str                  # the checkpoint it came from
+    B: int                       # block size
+    mask_id: int                 # [MASK]
+    end_id: int                  # ends a turn in the chat template
+    eos_id: int                  # fills the last block of an SFT answer
+    temperature: float
+
+    def __post_init__(self):
+        self.device, self.stop_ids = self.model.device, torch.tensor([self.end_id, self.eos_id])
+
+    def hidden(self, ids, pos, mask, cache=None):
+        """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA bfloat16 inside, float32 out."""
+        with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext():
+            return self.model.model(input_ids=ids, position_ids=pos, attention_mask=mask,
+                                    past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def score(self, row):
+        """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R]."""
+        N = len(row["ids"])
+        sees = mask_mod(row["doc"], row["copy"], row["pos"] // self.B)
+        mask = (block_mask if self.device.type == "cuda" else dense_mask)(sees, N, self.device)
+        hidden = self.hidden(row["ids"][None], row["pos"][None], mask)[0, row["reads"]]  # [R, d]
+        weight = self.model.lm_head.weight                                              # [vocab, d]
+        return log_probs(hidden, weight, row["target"], self.temperature, self.mask_id)
+
+    def prompt(self, messages):
+        """Token ids of the messages in the chat template, up to where the assistant speaks."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def example(self, messages):
+        """SFT: (tokens [S], P) of a chat; its last message, the answer, ended and filled to a whole block."""
+        prompt, text = self.prompt(messages[:-1]), messages[-1]["content"]
+        answer = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id]
+        fill = -(len(prompt) + len(answer)) % self.B
+        return torch.tensor(prompt + answer + [self.eos_id] * fill), len(prompt)
+
+
+def find_model(name):
+    """--model → a local folder. A hub name is fetched: safetensors and small files, no code."""
+    if os.path.isdir(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return name if os.path.isdir(name) else fail(f"--model {name}: no such folder, and not a hub name")
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"])
+    except Exception as error:
+        fail(f"--model {name}: no such folder, and the hub gave none ({' '.join(str(error).split())[:200]})")
+
+
+def read_config(folder, c):
+    """config.json of a checkpoint as a dict, refused where it is not SDAR's dense architecture."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        fail(f"--model {folder}: no readable config.json ({error})")
+    if config.get("model_type") != "sdar":
+        fail(f"--model {folder}: model_type {config.get('model_type')!r} in its config.json; only 'sdar' is "
+             "supported (dense)")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "mask_token_id", "eos_token_id")
+    config["block_size"] = config.get("block_size") or c.block_size
+    for name in sizes + ("block_size",):
+        if config.get(name) is None:
+            fail(f"--model {folder}: config.json has no {name}")
+    if c.block_size not in (None, config["block_size"]):
+        fail(f"--block-size {c.block_size}: the block size of {folder} is {config['block_size']}")
+    check_block(c, config["block_size"])
+    return config
+
+
+def qwen3_config(config):
+    """SDAR's dense architecture is Qwen3's: the same fields, and the attention function set to ours."""
+    import transformers
+    transformers.AttentionInterface.register("dirl", attention)
+    ours = {"model_type", "architectures", "auto_map", "attn_implementation", "_attn_implementation",
+            "torch_dtype", "dtype"}
+    known = {name: value for name, value in config.items() if name not in ours}
+    return transformers.Qwen3Config(**known, attn_implementation="dirl")
+
+
+def load_policy(folder, c, config):
+    """A Policy from config.json, safetensors and tokenizer files. No code from the folder is run."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    fast = os.path.exists(os.path.join(folder, "tokenizer.json"))
+    Tokenizer = transformers.PreTrainedTokenizerFast if fast else transformers.Qwen2Tokenizer
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder, local_files_only=True)
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit("b", 1)[1]
+        model, info = transformers.Qwen3ForCausalLM.from_pretrained(
+            folder, config=qwen3_config(config), dtype=torch.float32, use_safetensors=True,
+            local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--model {folder}: {' '.join(str(error).split())[:300]}")
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            fail(f"--model {folder}: {what.replace('_', ' ')} in its weights: {min(map(str, info[what]))}")
+    end_id = tokenizer(after, add_special_tokens=False)["input_ids"][0]
+    eos = config["eos_token_id"]
+    if model.num_parameters() > 1e8:                                   # memory for time, where memory counts
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    return Policy(model, tokenizer, folder, config["block_size"], config["mask_token_id"], end_id,
+                  eos[0] if isinstance(eos, list) else eos, c.temperature)
+
+
+def save_policy(policy, folder):
+    """A checkpoint in SDAR format: the weights, and the source folder's other small files byte for byte.
+
+    It is written aside and renamed, so that a folder of that name is always a whole checkpoint."""
+    from huggingface_hub import save_torch_state_dict
+    aside = folder + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    for file in os.scandir(policy.folder):
+        weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
+        if file.is_file() and not weights and file.stat().st_size < 2**26:
+            shutil.copyfile(file.path, os.path.join(aside, file.name))
+    with open(os.path.join(aside, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    dtype = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    state = {name: tensor.to(dtype) for name, tensor in policy.model.state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    save_torch_state_dict(state, aside)
+    os.rename(aside, folder)
+
+
+def build_tiny(folder, B, seed):
+    """The tiny model: random weights and a byte-level tokenizer, with the fields and tensor names of SDAR."""
+    import transformers
+    from huggingface_hub import save_torch_state_dict
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    special = ["<|endoftext|>", "<|im_end|>", "<|MASK|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    byte_level.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_level, eos_token=special[0], pad_token=special[0], mask_token=special[2],
+        additional_special_tokens=special[1:2] + special[3:])
+    tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+                               "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer.save_pretrained(folder)
+    eos, mask = tokenizer.convert_tokens_to_ids([special[0], special[2]])
+    config = dict(
+        architectures=["SDARForCausalLM"], model_type="sdar", vocab_size=len(tokenizer), hidden_size=128,
+        intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        hidden_act="silu", attention_bias=False, attention_dropout=0.0, rms_norm_eps=1e-6, rope_theta=100.0,
+        initializer_range=0.08, max_position_embeddings=4096, rope_scaling=None, sliding_window=None,
+        use_sliding_window=False, tie_word_embeddings=False, use_cache=True, torch_dtype="float32",
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, mask_token_id=mask, block_size=B)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(qwen3_config(config))
+    save_torch_state_dict(model.state_dict(), folder)
+
+
+# ---- 4. Rollout: the PyTorch sampler -----------------------------------------------------------------------
+
+
+@dataclass
+class Trajectory:
+    """Section 3.2's τ. The output is whole blocks, with what follows the stop token."""
+    prompt: torch.Tensor         # [P] token ids
+    output: torch.Tensor         # [L] token ids, P + L a multiple of B
+    steps: torch.Tensor          # [L] step map: the decoding step within its block, from 1
+    logp: torch.Tensor           # [L] the sampler's log π(o | τ(1:s-1)) when the token was committed
+    answer: torch.Tensor         # what is rewarded: before the first stop token, else max_new_tokens of it
+    stopped: bool                # by a stop token
+    decoding_steps: int          # of all its blocks, |τ|
+
+
+class BlockCache:
+    """Keys and values, one slot a position. Every pass over a block overwrites its slots and the last one
+    leaves those of its clean tokens; until then nobody but the block itself looks at them."""
+    def __init__(self, slots):
+        self.slots, self.kv, self.pos, self.span = slots, {}, None, 0
+
+    def update(self, k, v, layer):
+        """Qwen3 brings k, v: [n, heads, T, head_dim] of positions self.pos, and gets those of all slots."""
+        k = k.to(v.dtype)
+        if layer not in self.kv:
+            self.kv[layer] = [x.new_zeros(*x.shape[:2], self.slots, x.shape[3]) for x in (k, v)]
+        index = self.pos[:, None, :, None].expand_as(k)
+        return [slots.scatter_(2, index, x)[:, :, :self.span] for slots, x in zip(self.kv[layer], (k, v))]
+
+    def keep(self, rows):
+        for kv in self.kv.values():
+            kv[:] = [x[rows] for x in kv]
+
+
+@torch.no_grad()
+def rollout(policy, prompts, keys, c, greedy=False):
+    """One trajectory for each prompt (token ids) and key (of its generator), --slots of them at a time."""
+    policy.model.eval()
+    trajectories = []
+    for i in range(0, len(prompts), c.slots):
+        trajectories += decode(policy, prompts[i:i + c.slots], keys[i:i + c.slots], c, greedy)
+    policy.model.train()
+    return trajectories
+
+
+def decode(policy, prompts, keys, c, greedy):
+    """Block diffusion decoding of a batch; each sequence is at a block and a step of its own, and ends after
+    the first whole block that holds a stop token or brings its output to max_new_tokens."""
+    B, n, device = policy.B, len(prompts), policy.device
+    P = torch.tensor([len(p) for p in prompts], device=device)                          # [n]
+    first, end = P // B, -(-(P + c.max_new_tokens) // B)                            # [n] blocks of the output
+    slot = torch.arange(int(end.max()) * B, device=device)                              # [slots] positions
+    tokens = torch.full((n, len(slot)), policy.mask_id, device=device)                  # [n, slots]
+    for i, prompt in enumerate(prompts):
+        tokens[i, :len(prompt)] = torch.tensor(prompt, device=device)
+    steps, logp = torch.zeros_like(tokens), torch.zeros(n, len(slot), device=device)    # [n, slots]
+    shape = int((end - first).max()), B, B                                             # block, step, position
+    u = [torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys]
+    u = torch.stack(u).to(device)
+    is_output, stop_ids, cache = slot >= P[:, None], policy.stop_ids.to(device), BlockCache(len(slot))
+
+    def forward(rows, pos):                                                             # [m], [m, T]
+        cache.pos, cache.span = pos, int(pos.max()) + 1
+        mask = slot[:cache.span] // B <= pos[:, None, :, None] // B                     # [m, 1, T, span]
+        return policy.hidden(tokens[rows[:, None], pos], pos, mask, cache)              # [m, T, d]
+
+    live, k, s = torch.arange(n, device=device), first, torch.zeros_like(P)             # [m] each
+    if int(first.max()):
+        forward(live, slot[:int(first.max()) * B].expand(n, -1))                     # the whole prompt blocks
+    while len(live):
+        pos = k[:, None] * B + slot[:B]                                                 # [m, B]
+        at = live[:, None], pos
+        masked = tokens[at] == policy.mask_id
+        hidden = forward(live, pos)
+        logits = hidden @ policy.model.lm_head.weight.T
+        log_pi = log_policy(logits, policy.temperature, policy.mask_id)                 # [m, B, vocab]
+        uniform = u[live, k - first[live], s.clamp_max(B - 1)]                          # [m, B]
+        token = log_pi.argmax(-1) if greedy else draw(log_pi, uniform)
+        new = unmask(log_pi, token, masked, c.unmask, c.tokens_per_step, c.threshold, c.confidence)
+        s = s + 1
+        tokens[at] = torch.where(new, token, tokens[at])
+        steps[at] = torch.where(new, s[:, None], steps[at])
+        logp[at] = torch.where(new, log_pi.gather(-1, token[..., None])[..., 0], logp[at])
+        # A whole block gets one more pass, for its clean keys and values, unless it was the last.
+        stopped = (torch.isin(tokens[at], stop_ids) & is_output[at]).any(1)
+        ended = (masked == new).all(1) & (stopped | (k + 1 == end[live]))
+        was_whole = ~masked.any(1)
+        k, s = torch.where(was_whole, k + 1, k), torch.where(was_whole, 0, s)
+        if ended.any():
+            live, k, s = live[~ended], k[~ended], s[~ended]
+            cache.keep(~ended)
+    columns = zip(tokens.cpu(), steps.cpu(), logp.cpu(), P.tolist())
+    return [trajectory(*column, policy, c) for column in columns]
+
+
+def trajectory(tokens, steps, logp, P, policy, c):
+    """The Trajectory in the slots of one sequence; a slot that was never decoded has step 0."""
+    S = int(steps.nonzero().max()) + 1
+    output = tokens[P:S]
+    stops = torch.isin(output[:c.max_new_tokens], policy.stop_ids).nonzero()[:, 0].tolist()
+    answer = output[:stops[0] if stops else c.max_new_tokens]
+    decoding_steps = int(steps[:S].view(-1, policy.B).max(1).values.sum())
+    return Trajectory(tokens[:P], output, steps[P:S], logp[P:S], answer, bool(stops), decoding_steps)
+
+
+# ---- 5. What both training loops use -----------------------------------------------------------------------
+
+
+@contextmanager
+def clock(seconds, phase):
+    """Add the seconds of a phase of a step to a dict."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
+
+
+def make_rows(policy, documents, max_tokens):
+    """Documents, each with the columns that its loss needs → packed rows on the model's device."""
+    rows = []
+    for indices in pack([len(d["ids"]) for d in documents], max_tokens):
+        chosen = [documents[i] for i in indices]
+        length = padded_length(sum(len(d["ids"]) for d in chosen)) if policy.device.type == "cuda" else None
+        rows.append({name: x.to(policy.device) for name, x in join(chosen, length).items()})
+    return rows
+
+
+def make_optimizer(policy, c):
+    return torch.optim.AdamW(policy.model.parameters(), lr=c.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def learning_rate(c, step):
+    """Of step 1, 2, ...: linear warm-up, then constant, or a cosine that is 0 one step after the last."""
+    if step <= c.warmup:
+        return c.lr * step / c.warmup
+    progress = (step - 1 - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * (0.5 * (1 + math.cos(math.pi * progress)) if c.schedule == "cosine" else 1)
+
+
+def optimizer_step(policy, optimizer, c, step):
+    """(5d) Clip the gradient, move, forget it. Returns its norm before the clip."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(c, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
+
+
+def write_metrics(c, line, seconds):
+    """One JSON object a step in OUT/metrics.jsonl."""
+    line = line | seconds
+    with open(os.path.join(c.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        line = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in line.items()}
+        file.write(json.dumps(line) + "\n")
+
+
+def usable(policy, c, encoded, what):
+    """Of (token ids, ...), those that are short enough and free of [MASK]; says how many are not."""
+    kept = [x for x in encoded if len(x[0]) <= c.max_length and policy.mask_id not in x[0]]
+    if len(kept) < len(encoded):
+        print(f"{c.data}: skipped {len(encoded) - len(kept)} of {len(encoded)} {what}: longer than "
+              f"--max-length {c.max_length}, or with a mask token in them", flush=True)
+    return kept or fail(f"{c.data}: none of its {what} is within --max-length {c.max_length} tokens")
+
+
+@functools.cache
+def order(n, *key):
+    """A random order of n items."""
+    return torch.randperm(n, generator=generator(*key)).tolist()
+
+
+def nth(items, n, *key):
+    """The n-th item of an endless walk through a list, in a new order every epoch."""
+    epoch, i = divmod(n, len(items))
+    return items[order(len(items), *key, epoch)[i]]
+
+
+def announce(c, config):
+    """One line before anything is loaded: what a step asks for, in tokens and memory."""
+    d, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    q, kv = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    weights = layers * d * (2 * q + 2 * kv + 3 * config["intermediate_size"]) + 2 * vocab * d
+    what, ceiling, cache = f"{c.batch} examples", c.batch * c.max_length, 0
+    if c.stage == "rl":
+        n = c.prompts * c.group_size
+        what, ceiling = f"{c.prompts} prompts x {c.group_size} = {n} trajectories", n * c.max_new_tokens
+        cache = min(n, c.slots) * (c.max_length + c.max_new_tokens) * layers * 2 * kv * 4
+    training = c.max_tokens * layers * d * 4 + 3 * 512 * vocab * 4  # hidden states, a chunk of logits
+    gigabytes = (weights * (20 if c.beta else 16) + max(cache, training)) / 1e9     # AdamW: 16 bytes a weight
+    print(f"{c.stage}: {what} a step, at most {ceiling:,} tokens; {weights / 1e6:,.1f}M weights, about "
+          f"{gigabytes:.1f} GB of memory", flush=True)
+
+
+# ---- 6. The SFT loop ---------------------------------------------------------------------------------------
+
+
+def train_sft(policy, c, example):
+    """Eq. 3 on example(i) → (tokens [S], P)."""
+    optimizer = make_optimizer(policy, c)
+    for step in (bar := tqdm(range(1, c.steps + 1), desc="sft")):
+        seconds, documents, answer_tokens, loss = {}, [], 0, 0.0
+        with clock(seconds, "seconds"):
+            for i in range((step - 1) * c.batch, step * c.batch):
+                tokens, P = example(i)
+                g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
+                u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
+                documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
+                answer_tokens += len(tokens) - P                       # end tokens and padding included
+            rows = make_rows(policy, documents, c.max_tokens)
+            for row in rows:
+                logp, _ = policy.score(row)                                             # [R]
+                row_loss = sft_loss(logp, row["weight"], answer_tokens)
+                row_loss.backward()
+                loss += row_loss.item()
+            norm = optimizer_step(policy, optimizer, c, step)
+        bar.set_postfix(loss=f"{loss:.3f}")
+        line = {"stage": "sft", "step": step, "loss": loss, "lr": learning_rate(c, step), "grad_norm": norm}
+        write_metrics(c, line | {"forward_tokens": sum(len(row["ids"]) for row in rows)}, seconds)
+
+
+# ---- 7. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
+
+
+def dynamic_sampling(policy, c, problem, reward, step, position, seconds):
+    """DAPO: roll out groups until --prompts of them are mixed (their rewards differ) or --max-attempts rounds
+    are over.
+
+    Returns the mixed groups and all of them, each (G trajectories, G rewards), and the next data position."""
+    mixed, every = [], []
+    for _ in range(c.max_attempts):
+        indices = range(position, position + c.prompts - len(mixed))
+        position += len(indices)
+        with clock(seconds, "seconds_rollout"):
+            # (1) fetch prompts, (2) iterate over them
+            fetched = [problem(i) for i in indices]                           # (prompt ids, truth, question)
+            # (3) request, (4) rollout
+            flat = rollout(policy, [prompt for prompt, *_ in fetched for _ in range(c.group_size)],
+                           [(c.seed, "rl", step, i, g) for i in indices for g in range(c.group_size)], c)
+        with clock(seconds, "seconds_reward"):
+            for j, (_, truth, _) in enumerate(fetched):
+                group = flat[j * c.group_size:(j + 1) * c.group_size]
+                answers = [policy.tokenizer.decode(t.answer) for t in group]
+                every.append((group, [float(reward(answer, truth)) for answer in answers]))
+        mixed = [(group, r) for group, r in every if max(r) > min(r)]
+        if len(mixed) == c.prompts:
+            break
+    return mixed, every, position
+
+
+def dipo_documents(policy, c, groups):
+    """Mixed groups → documents with the columns of Eq. 6-8. Weights and advantages come from the whole batch
+    here, before anything is cut into rows."""
+    A = advantage(torch.tensor([r for _, r in groups]), c.adv_std)                      # [groups, G]
+    size = torch.tensor([[t.decoding_steps if c.count == "steps" else len(t.output) for t in group]
+                         for group, _ in groups])                                       # [groups, G] |τ|
+    w = trajectory_weights(size, c.objective)                                           # [groups, G]
+    documents = []
+    for t, A_i, w_i in zip([t for group, _ in groups for t in group], A.flatten(), w.flatten()):
+        document = trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id)
+        L = len(t.output)
+        documents.append(document | {"A": A_i.expand(L), "w": w_i.expand(L), "logp_sampler": t.logp})
+    return documents
+
+
+def rollout_metrics(mixed, every):
+    """Of everything sampled in a step, dropped groups included."""
+    trajectories = [t for group, _ in every for t in group]
+    n, steps = len(trajectories), sum(t.decoding_steps for t in trajectories)
+    distinct = sum(len({tuple(t.answer.tolist()) for t in group}) for group, _ in every)
+    return {"reward": sum(sum(r) for _, r in every) / n,
+            "tokens_per_step": sum(len(t.output) for t in trajectories) / steps,
+            "output_length": sum(len(t.answer) for t in trajectories) / n,
+            "truncated": sum(not t.stopped for t in trajectories) / n,
+            "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
+
+
+def train_rl(policy, reference, c, problem, reward):
+    """DiPO on problem(i) → (prompt ids, truth, question). Returns the mean reward of every step."""
+    optimizer, position, rewards, idle = make_optimizer(policy, c), 0, [], 0
+    for step in (bar := tqdm(range(1, c.steps + 1), desc="rl")):
+        seconds, start = {}, time.perf_counter()
+        # (1)-(4) prompts, rollouts, rewards
+        mixed, every, position = dynamic_sampling(policy, c, problem, reward, step, position, seconds)
+        line = {"stage": "rl", "step": step, "loss": None, "lr": learning_rate(c, step), "grad_norm": None}
+        line |= rollout_metrics(mixed, every) | dict.fromkeys(("kl", "entropy", "clip_fraction", "logp_gap"))
+        rows = make_rows(policy, dipo_documents(policy, c, mixed), c.max_tokens) if mixed else []
+        line["forward_tokens"] = sum(len(row["ids"]) for row in rows)
+        tokens = sum(len(row["reads"]) for row in rows)                 # committed tokens, each read once
+        # π_old: the sampler's in Eq. 6; in Eq. 7, 8 sg[π_θ] (None), or π_θ before the first of the updates
+        for row in rows:
+            with torch.no_grad(), clock(seconds, "seconds_forward"):
+                row["logp_old"] = row["logp_sampler"] if c.objective == "eq6" else None
+                if c.objective != "eq6" and c.updates > 1:
+                    row["logp_old"], _ = policy.score(row)
+                row["logp_ref"] = reference.score(row)[0] if reference else None
+        for update in range(c.updates if rows else 0):
+            total = torch.zeros(6, device=policy.device)
+            for row in rows:
+                with clock(seconds, "seconds_forward"):                        # (5a)
+                    logp, entropy = policy.score(row)                                   # [R], [R]
+                terms = [logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high]  # (5b)
+                if c.objective == "eq8":
+                    terms.append(row["copy"][row["reads"]] - 1)                         # [R] a view is a step
+                J, clipped = {"eq6": eq6, "eq7": eq7, "eq8": eq8}[c.objective](*terms)
+                kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else logp.new_zeros(())
+                loss = -J + c.beta * kl
+                with clock(seconds, "seconds_backward"):                       # (5c)
+                    loss.backward()
+                gap = (logp - row["logp_sampler"]).abs().sum() / tokens
+                ratios = logp.new_tensor(len(clipped))
+                parts = loss, entropy.sum() / tokens, kl, gap, clipped.sum(), ratios
+                total += torch.stack([x.detach().float() for x in parts])
+            with clock(seconds, "seconds_update"):                             # (5d)
+                line["grad_norm"] = optimizer_step(policy, optimizer, c, step)
+            line["loss"], line["entropy"], kl, gap, clipped, ratios = total.tolist()
+            line |= {"kl": kl if reference else None, "clip_fraction": clipped / ratios}
+            line["logp_gap"] = gap if update == 0 else line["logp_gap"]    # later, the trainer has moved on
+        # (6) update the rollout engine's weights: the PyTorch sampler runs on the trainer's own
+        rewards.append(line["reward"])
+        bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss']:.4f}" if rows else "none")
+        write_metrics(c, line, {"seconds": time.perf_counter() - start} | seconds)
+        idle = 0 if rows else idle + 1
+        if idle == 20:
+            tqdm.write("20 steps in a row without a group of unequal rewards, so nothing to learn from: try "
+                       "easier or harder problems, a larger --group-size, or more SFT")
+    return rewards
+
+
+# ---- 8. The stages -----------------------------------------------------------------------------------------
+
+
+def greedy_accuracy(policy, c, problems, reward, when):
+    """Mean reward of greedy answers to (prompt ids, truth, question), printed with five of them."""
+    keys = [(c.seed, "eval", 0, i, 0) for i in range(len(problems))]
+    outputs = rollout(policy, [ids for ids, _, _ in problems], keys, c, greedy=True)
+    answers = [policy.tokenizer.decode(t.answer) for t in outputs]
+    rewards = [float(reward(answer, truth)) for answer, (_, truth, _) in zip(answers, problems)]
+    print(f"{when}: greedy accuracy {sum(rewards) / len(rewards):.3f} on {len(rewards)} held-out problems")
+    for (_, truth, question), answer, r in list(zip(problems, answers, rewards))[:5]:
+        print(f"    {question[-40:]!r} -> {answer[-60:]!r}, truth {truth!r}, reward {r:g}", flush=True)
+    return sum(rewards) / len(rewards)
+
+
+def sft_examples(policy, c, chats):
+    """example(i) → (tokens [S], P), from chats or, without them, from the built-in task."""
+    if chats:
+        examples = usable(policy, c, [policy.example(chat) for chat in chats], "examples")
+        return lambda i: nth(examples, i, c.seed, "sft")
+
+    def example(i):
+        question, work, _ = arithmetic((c.seed, "sft", i))
+        return policy.example([{"role": "user", "content": question}, {"role": "assistant", "content": work}])
+    return example
+
+
+def rl_problems(policy, c, records):
+    """problem(i) → (prompt ids, truth, question), and a list of held-out ones."""
+    def encode(question, truth):
+        text = question + (INSTRUCTION if records else "")
+        return policy.prompt([{"role": "user", "content": text}]), truth, question
+
+    def built_in(key, held_out=False):
+        question, _, truth = arithmetic(key, held_out)
+        return encode(question, truth)
+    if not records:
+        held_out = [built_in(("held out", i), True) for i in range(c.held_out)]
+        return (lambda i: built_in((c.seed, "rl", i))), held_out
+    problems = usable(policy, c, [encode(*record) for record in records], "prompts")
+    problems = [nth(problems, i, c.seed, "split") for i in range(len(problems))]
+    n = min(c.held_out, len(problems) // 10)
+    return (lambda i: nth(problems[n:], i, c.seed, "rl")), problems[:n]
+
+
+def run_stage(c, folder, records, reward):
+    """One stage, from the checkpoint in folder to OUT/sft or OUT/rl."""
+    config = read_config(folder, c)
+    announce(c, config)
+    target = os.path.join(c.out, c.stage)
+    if c.stage == "sft":
+        policy = load_policy(folder, replace(c, temperature=1.0), config)    # Eq. 3 is about p_θ itself
+        train_sft(policy, c, sft_examples(policy, c, records))
+        save_policy(policy, target)
+        return print(f"sft: {c.steps} steps; checkpoint: {target}", flush=True)
+    policy = load_policy(folder, c, config)
+    reference = load_policy(folder, c, config) if c.beta else None
+    problem, held_out = rl_problems(policy, c, records)
+    before = greedy_accuracy(policy, c, held_out, reward, "before RL") if held_out else None
+    rewards = train_rl(policy, reference, c, problem, reward)
+    save_policy(policy, target)
+    after = greedy_accuracy(policy, c, held_out, reward, "after RL") if held_out else None
+    first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
+    accuracy = f"greedy accuracy {before:.3f} -> {after:.3f}, " if held_out else ""
+    print(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: {target}")
+
+
+def choose_out(c):
+    """--out, or a fresh folder for the tiny model and one folder for each checkpoint."""
+    if c.out:
+        return c.out
+    if c.model != "tiny":
+        parent, name = os.path.split(c.model.rstrip("/"))
+        return parent if name in ("sft", "rl") and parent else os.path.join("runs", name)
+    return next(out for out in (f"runs/tiny-{n}" for n in itertools.count()) if not os.path.exists(out))
+
+
+def main(argv=None):
+    given = parse_flags(argv)
+    c = configure(given, given.stage or "rl")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("this version trains on one rank: torchrun --nproc_per_node 1 dirl.py")
+    records = c.data and (read_chats if c.stage == "sft" else read_problems)(c.data)
+    reward = load_reward(c) if c.stage == "rl" else None
+    c.out = choose_out(c)
+    if os.path.isdir(os.path.join(c.out, c.stage)):
+        print(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
+        return
+    try:
+        os.makedirs(c.out, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {c.out}: {error}")
+    start = os.path.join(c.out, "init") if c.model == "tiny" else find_model(c.model)
+    if c.model == "tiny" and not os.path.exists(os.path.join(start, "model.safetensors")):
+        build_tiny(start, c.block_size, c.seed)
+    if c.model == "tiny" and c.stage == "rl":                          # SFT first, where OUT has none
+        sft = os.path.join(c.out, "sft")
+        if not os.path.isdir(sft):
+            given_for_rl = ("steps", "lr", "schedule", "warmup", "data", "max_length")
+            given = argparse.Namespace(**vars(given) | dict.fromkeys(given_for_rl))
+            run_stage(replace(configure(given, "sft"), out=c.out), start, None, None)
+        start = sft
+    run_stage(c, start, records, reward)
+
+
+if __name__ == "__main__":
+    main()

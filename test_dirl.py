@@ -1,0 +1,822 @@
+# SPDX-License-Identifier: MIT
+"""Tests of dirl.py: every equation against a slow version written independently of it, and real runs on one CPU.
+
+    python -m pytest test_dirl.py
+"""
+import contextlib
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dirl
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", os.path.join(HERE, "dirl.py")]
+
+
+# ---- helpers: a tiny policy, and a slow reference for everything the fast path does --------------------------
+
+
+def flags(*argv, stage="rl"):
+    return dirl.configure(dirl.parse_flags([str(x) for x in argv]), stage)
+
+
+@pytest.fixture(scope="session")
+def policies(tmp_path_factory):
+    """B → an untrained tiny policy."""
+    made = {}
+
+    def policy(B=4):
+        if B not in made:
+            folder = str(tmp_path_factory.mktemp(f"tiny{B}"))
+            c = flags("--block-size", B)
+            dirl.build_tiny(folder, B, seed=0)
+            made[B] = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+            with torch.no_grad():                     # a sharper head: confidences on both sides of a threshold
+                made[B].model.lm_head.weight *= 4
+        return made[B]
+    return policy
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of the default run of seed 0, under torchrun as in the README; its log is OUT.log."""
+    out = str(tmp_path_factory.mktemp("default") / "run")
+    with open(out + ".log", "w", encoding="utf-8") as log:
+        subprocess.run([*TORCHRUN, "--stage", "rl", "--seed", "0", "--out", out], stdout=log, stderr=log, check=True,
+                       timeout=500)
+    return out
+
+
+def metrics(out, stage):
+    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
+        return [line for line in map(json.loads, file) if line["stage"] == stage]
+
+
+def slow_logits(policy, tokens):
+    """Block-causal forward of one sequence, no packing, no cache, transformers' own eager attention: [len, vocab]."""
+    model = copy.copy(policy.model)
+    model.config._attn_implementation = "eager"
+    try:
+        block = torch.arange(len(tokens)) // policy.B
+        mask = torch.zeros(len(tokens), len(tokens)).masked_fill(block[None, :] > block[:, None], -1e30)
+        return model(input_ids=tokens[None], attention_mask=mask[None, None], use_cache=False).logits[0]
+    finally:
+        model.config._attn_implementation = "dirl"
+
+
+def slow_log_policy(policy, logits, temperature=1.0):
+    keep = [i for i in range(logits.shape[-1]) if i != policy.mask_id]
+    out = torch.full_like(logits, -torch.inf)
+    out[..., keep] = torch.log_softmax(logits[..., keep] / temperature, -1)
+    return out
+
+
+def slow_states(policy, t):
+    """Replay a trajectory: yields (block, step, the sequence up to this block as the model saw it, committed positions)."""
+    P, tokens, step = len(t.prompt), torch.cat([t.prompt, t.output]), [0] * len(t.prompt) + t.steps.tolist()
+    for k in range(P // policy.B, len(tokens) // policy.B):
+        positions = range(k * policy.B, (k + 1) * policy.B)
+        for s in range(1, max(step[p] for p in positions) + 1):
+            seen = tokens[:(k + 1) * policy.B].clone()
+            for p in positions:
+                if step[p] >= s:
+                    seen[p] = policy.mask_id
+            yield k, s, seen, [p for p in positions if step[p] == s]
+
+
+def slow_scores(policy, t, temperature=1.0):
+    """log π of every output token, one forward for every decoding step: [L]."""
+    tokens, scores = torch.cat([t.prompt, t.output]), {}
+    for _, _, seen, committed in slow_states(policy, t):
+        log_pi = slow_log_policy(policy, slow_logits(policy, seen), temperature)
+        scores |= {p: log_pi[p, tokens[p]] for p in committed}
+    return torch.stack([scores[p] for p in sorted(scores)])
+
+
+def prompts_of_every_remainder(policy, n=None):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 200, (length,), generator=g).tolist() for length in range(1, (n or 2 * policy.B + 1) + 1)]
+
+
+def rollouts(policy, *argv, n=None, greedy=False):
+    c = flags("--max-new-tokens", 13, "--threshold", 0.5, "--block-size", policy.B, *argv)
+    prompts = prompts_of_every_remainder(policy, n)
+    return c, dirl.rollout(policy, prompts, [(0, "test", 0, i, 0) for i in range(len(prompts))], c, greedy)
+
+
+def gradient(policy, loss):
+    policy.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+
+def documents_of(policy, trajectories):
+    return [dirl.trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id) for t in trajectories]
+
+
+# ---- Eq. 1-2, Fig. 4b: mask and layout ------------------------------------------------------------------------
+
+
+def test_mask_is_the_picture_of_fig_4b():
+    """B = 2; a prompt block 0 and two output blocks, each with one noisy view; rows see columns marked x."""
+    picture = """
+        clean0 clean0 clean1 clean1 clean2 clean2 noisy1 noisy1 noisy2 noisy2
+        x x . . . . . . . .
+        x x . . . . . . . .
+        x x x x . . . . . .
+        x x x x . . . . . .
+        x x x x x x . . . .
+        x x x x x x . . . .
+        x x . . . . x x . .
+        x x . . . . x x . .
+        x x x x . . . . x x
+        x x x x . . . . x x"""
+    expected = torch.tensor([[c == "x" for c in line.split()] for line in picture.strip().splitlines()[1:]])
+    d = dirl.layout(torch.arange(6), torch.tensor([1, 2]), torch.full((2, 2), 9), 2)
+    assert d["ids"].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9]
+    assert d["pos"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    row = dirl.join([d | {"reads": torch.tensor([6])}, d | {"reads": torch.tensor([6])}], length=24)
+    assert row["reads"].tolist() == [6, 16] and row["copy"].max() == 4
+    mask = dirl.dense_mask(dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 2), 24, "cpu")[0, 0]
+    assert torch.equal(mask[:10, :10], expected) and torch.equal(mask[10:20, 10:20], expected)
+    assert not mask[:10, 10:].any() and not mask[10:20, :10].any() and not mask[10:20, 20:].any()
+    assert not mask[20:, :20].any() and mask.any(1).all()          # padding sees padding only, and something
+
+
+def test_two_views_of_one_block_do_not_see_each_other():
+    d = dirl.layout(torch.arange(4), torch.tensor([1, 1]), torch.full((2, 2), 9), 2) | {"reads": torch.tensor([4])}
+    row = dirl.join([d])
+    mask = dirl.dense_mask(dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 2), 8, "cpu")[0, 0]
+    assert mask[4:6].int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]] * 2
+    assert mask[6:8].int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
+
+
+def test_block_mask_equals_dense_mask_and_flex_attention_agrees(policies):
+    from torch.nn.attention.flex_attention import flex_attention
+    policy = policies(4)
+    _, trajectories = rollouts(policy)
+    row = dirl.join(documents_of(policy, trajectories), length=1024)
+    sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 4)
+    dense = dirl.dense_mask(sees, 1024, "cpu")
+    blocks = dirl.block_mask(sees, 1024, "cpu")
+    tiles = dense[0, 0].view(8, 128, 8, 128).sum((1, 3))
+    listed = torch.zeros(8, 8, dtype=torch.long)
+    for number, index, kind in ((blocks.kv_num_blocks, blocks.kv_indices, 1),
+                                (blocks.full_kv_num_blocks, blocks.full_kv_indices, 2)):
+        for q in range(8):
+            listed[q, index[0, 0, q, :number[0, 0, q]].long()] = kind
+    assert torch.equal(listed, (tiles > 0).long() + (tiles == 128 * 128).long())
+    assert (listed == 0).any() and (listed == 1).any()
+    q, k, v = (torch.randn(1, heads, 1024, 16) for heads in (4, 2, 2))
+    fast = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+    slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)
+    assert (fast - slow).abs().max() < 1e-5
+
+
+def test_pack_fills_rows_and_leaves_the_long_alone():
+    lengths = [3, 9, 4, 20, 6, 1]
+    rows = dirl.pack(lengths, 10)
+    assert sorted(i for row in rows for i in row) == list(range(6)) and [3] in rows
+    assert all(sum(lengths[i] for i in row) <= 10 for row in rows if row != [3]) and len(rows) == 4
+    assert dirl.pack([], 10) == []
+
+
+def test_padded_lengths_are_few_and_close():
+    sizes = {dirl.padded_length(n) for n in range(1, 20000)}
+    assert len(sizes) <= 13 and all(size % 128 == 0 for size in sizes)
+    assert all(n <= dirl.padded_length(n) <= max(384, 1.5 * n) for n in range(1, 20000))
+
+
+# ---- Eq. 2: log-probabilities ---------------------------------------------------------------------------------
+
+
+def test_log_probs_in_chunks_equal_the_whole_softmax():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    target = torch.randint(0, 10, (37,))
+    keep = list(range(10))                                         # 10 is the mask token
+    plain = torch.log_softmax((hidden @ weight.T)[:, keep] / 0.7, -1)
+    logp, entropy = dirl.log_probs(hidden, weight, target, 0.7, 10, chunk=5)
+    assert torch.allclose(logp, plain[range(37), target], atol=1e-6)
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-5) and not entropy.requires_grad
+    coefficient = torch.randn(37)
+    fast = torch.autograd.grad((coefficient * logp).sum(), (hidden, weight))
+    slow = torch.autograd.grad((coefficient * plain[range(37), target]).sum(), (hidden, weight))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fast, slow))
+
+
+def test_log_policy_is_at_least_float32_and_keeps_float64():
+    logits = torch.randn(3, 7).bfloat16()
+    assert dirl.log_policy(logits, 1.0, 6).dtype == torch.float32
+    assert dirl.log_policy(logits.double(), 1.0, 6).dtype == torch.float64
+    assert (dirl.log_policy(logits, 1.0, 6)[:, 6] == -torch.inf).all()
+
+
+# ---- Eq. 3: SFT -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B", [1, 2, 4, 8])
+def test_sft_loss_equals_a_transcription_of_eq_3(policies, B):
+    policy, total, documents, answer_tokens, g = policies(B), 0.0, [], 0, torch.Generator().manual_seed(B)
+    for P in range(1, B + 2):                                      # prompts of every remainder
+        tokens = torch.randint(0, 200, ((P + 2 * B) // B * B,), generator=g)
+        K = len(tokens) // B - P // B
+        u, z = torch.rand(K, generator=g), torch.rand(K, B, generator=g)
+        documents.append(dirl.noised_document(tokens, P, u, z, B, policy.mask_id))
+        answer_tokens += len(tokens) - P
+        for k in range(P // B, len(tokens) // B):                  # Σ_k
+            t = 1e-3 + (1 - 1e-3) * float(u[k - P // B])
+            noisy = tokens[:(k + 1) * B].clone()                   # b_t^k after the clean b^{<k}
+            for j in range(B):
+                if k * B + j >= P and z[k - P // B, j] < t:
+                    noisy[k * B + j] = policy.mask_id
+            log_pi = slow_log_policy(policy, slow_logits(policy, noisy))
+            for p in range(k * B, (k + 1) * B):                    # Σ_j 1[MASK] CE
+                if noisy[p] == policy.mask_id:
+                    total = total - log_pi[p, tokens[p]] / t
+    rows = dirl.make_rows(policy, documents, 60)
+    loss = sum(dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens) for row in rows)
+    slow, fast = gradient(policy, total / answer_tokens).clone(), gradient(policy, loss)
+    assert torch.isclose(loss, total / answer_tokens, rtol=1e-4)
+    assert (fast - slow).norm() < 1e-4 * slow.norm()
+
+
+def test_noise_and_views_of_an_sft_example():
+    tokens, B, P = torch.arange(12), 4, 5
+    d = dirl.noised_document(tokens, P, torch.tensor([0.5, 1.0]), torch.tensor([[0.0] * 4, [0.6] * 4]), B, 99)
+    assert d["ids"].tolist() == [*range(12), 4, 99, 99, 99, 99, 99, 99, 99]     # prompt token 4 stays clean
+    assert d["target"].tolist() == [5, 6, 7, 8, 9, 10, 11] and d["reads"].tolist() == [13, 14, 15, 16, 17, 18, 19]
+    assert torch.allclose(d["weight"], 1 / torch.tensor([0.5005] * 3 + [1.0] * 4))
+    d = dirl.noised_document(tokens, P, torch.tensor([0.0, 0.5]), torch.tensor([[0.01] * 4, [0.9, 0.1, 0.9, 0.9]]), B, 99)
+    assert d["ids"].tolist() == [*range(12), 8, 99, 10, 11] and d["target"].tolist() == [9]
+    assert d["pos"].tolist()[12:] == [8, 9, 10, 11]                # a block without a masked token has no view
+
+
+def test_example_ends_with_the_end_token_and_fills_its_block(policies):
+    policy = policies(4)
+    for text in ("", "1", "12", "123", "1234"):
+        tokens, P = policy.example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}])
+        tail = tokens[P + len(text):].tolist()
+        assert len(tokens) % 4 == 0 and tail[0] == policy.end_id and set(tail[1:]) <= {policy.eos_id} and len(tail) <= 4
+        assert policy.tokenizer.decode(tokens[P:P + len(text)]) == text
+        assert policy.tokenizer.decode(tokens[:P]) == "<|user|>hi<|im_end|><|assistant|>"
+
+
+# ---- section 3.2: one forward scores a trajectory --------------------------------------------------------------
+
+
+RULES = [("static", 1), ("static", 2), ("dynamic", 1), ("sequential", 1), ("sequential", 2)]
+
+
+@pytest.mark.parametrize("B, rule, per_step", [(B, *rule) for B in (1, 2, 4, 8) for rule in RULES if B % rule[1] == 0])
+def test_packed_scores_equal_step_by_step_scores(policies, B, rule, per_step):
+    policy = policies(B)
+    for confidence in ("top1", "drawn"):
+        c, trajectories = rollouts(policy, "--unmask", rule, "--tokens-per-step", per_step, "--confidence", confidence)
+        documents = documents_of(policy, trajectories)
+        for t, d in zip(trajectories, documents):
+            P, L = len(t.prompt), len(t.output)
+            views = sum(int(t.steps[[p for p in range(L) if (P + p) // B == k]].max())
+                        for k in range(P // B, (P + L) // B))
+            assert (P + L) % B == 0 and len(d["ids"]) == P + L + B * views and len(d["reads"]) == L
+            assert t.decoding_steps == views
+        with torch.no_grad():
+            rows = dirl.make_rows(policy, [d | {"at": torch.tensor([i] * len(d["reads"]))}
+                                           for i, d in enumerate(documents)], 60)
+            assert len(rows) > 1
+            for row in rows:
+                logp, _ = policy.score(row)
+                for i in row["at"].unique().tolist():
+                    slow = slow_scores(policy, trajectories[i])
+                    assert (logp[row["at"] == i] - slow).abs().max() < 1e-4
+                    assert (trajectories[i].logp - slow).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rule, per_step", RULES)
+@pytest.mark.parametrize("confidence", ["top1", "drawn"])
+def test_step_maps_follow_the_unmasking_rule(policies, rule, per_step, confidence):
+    policy, several = policies(4), 0
+    c, trajectories = rollouts(policy, "--unmask", rule, "--tokens-per-step", per_step, "--confidence", confidence,
+                               greedy=True)
+    for t in trajectories:
+        tokens = torch.cat([t.prompt, t.output])
+        for k, s, seen, committed in slow_states(policy, t):
+            masked = [p for p in range(k * 4, k * 4 + 4) if seen[p] == policy.mask_id]
+            top = slow_log_policy(policy, slow_logits(policy, seen)).max(-1)
+            assert all(tokens[p] == top.indices[p] for p in committed)          # greedy
+            ordered = sorted(masked, key=lambda p: p if rule == "sequential" else -float(top.values[p]))
+            expected = ordered[:per_step]
+            if rule == "dynamic":
+                expected = [p for p in masked if float(top.values[p].exp()) >= 0.5] or ordered[:1]
+            assert sorted(expected) == committed
+            several += len(committed) > 1
+    assert several or (rule != "dynamic" and per_step == 1)
+
+
+def test_drawn_confidence_looks_at_the_drawn_token():
+    log_pi = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]]).log()
+    token, masked = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+    assert dirl.unmask(log_pi, token, masked, "static", 1, 0.9, "top1").tolist() == [[False, True]]
+    assert dirl.unmask(log_pi, token, masked, "static", 1, 0.9, "drawn").tolist() == [[True, False]]
+    assert dirl.unmask(log_pi, token, masked, "dynamic", 1, 0.6, "top1").tolist() == [[True, True]]
+    assert dirl.unmask(log_pi, token, masked, "dynamic", 1, 0.95, "top1").tolist() == [[False, True]]
+    assert dirl.unmask(log_pi, token, ~masked, "dynamic", 1, 0.0, "top1").tolist() == [[False, False]]
+    threshold = float(log_pi[0, 1, 0].exp())                        # at >= threshold
+    assert dirl.unmask(log_pi, token, masked, "dynamic", 1, threshold, "top1").tolist() == [[False, True]]
+    assert dirl.unmask(log_pi, token, masked, "sequential", 1, 0.9, "top1").tolist() == [[True, False]]
+
+
+def test_draw_inverts_the_distribution():
+    log_pi = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log()
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = dirl.draw(log_pi.expand(1000, 5), u)
+    assert tokens.bincount(minlength=5).tolist() == [100, 0, 600, 300, 0]
+    assert dirl.draw(log_pi, torch.tensor(0.0, dtype=torch.float64)) == 0
+    assert dirl.draw(log_pi, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 3
+
+
+def test_decoding_ends_after_the_first_block_with_a_stop_token_or_at_max_new_tokens(policies):
+    policy, stopped = copy.copy(policies(4)), 0
+    policy.stop_ids = torch.tensor([7, *range(20, 50)])             # likely ones, some of them in the prompts too
+    for max_new in (1, 6, 13):
+        c = flags("--max-new-tokens", max_new)
+        prompts = prompts_of_every_remainder(policy)
+        for t, prompt in zip(dirl.rollout(policy, prompts, [(3, i) for i in range(len(prompts))], c), prompts):
+            P, L, output = len(prompt), len(t.output), t.output.tolist()
+            is_stop = [x in policy.stop_ids.tolist() for x in output]
+            before_last_block = is_stop[:(P + L) - 4 - P] if L > 4 else []
+            assert t.prompt.tolist() == prompt and (P + L) % 4 == 0 and not any(before_last_block)
+            assert any(is_stop) or L >= max_new
+            assert (P + L) - 4 < P + max_new                        # not a block more than was asked
+            end = is_stop.index(True) if any(is_stop[:max_new]) else max_new
+            assert t.answer.tolist() == output[:end] and t.stopped == any(is_stop[:max_new])
+            assert policy.mask_id not in output and len(t.steps) == len(t.logp) == L and (t.steps > 0).all()
+            stopped += t.stopped
+    assert stopped
+
+
+def test_a_sample_depends_on_its_key_alone(policies):
+    policy = policies(4)
+    prompts, keys = prompts_of_every_remainder(policy), [(0, i) for i in range(9)]
+    together = dirl.rollout(policy, prompts, keys, flags("--max-new-tokens", 13))
+    torch.manual_seed(123)
+    alone = dirl.rollout(policy, prompts, keys, flags("--max-new-tokens", 13, "--slots", 2))
+    assert all(torch.equal(a.output, b.output) and torch.equal(a.steps, b.steps) for a, b in zip(together, alone))
+    same = dirl.rollout(policy, [prompts[5]] * 8, [(1, i) for i in range(8)], flags("--max-new-tokens", 13))
+    assert len({tuple(t.output.tolist()) for t in same}) == 8
+
+
+# ---- Eq. 4-8 ---------------------------------------------------------------------------------------------------
+
+
+def slow_C(ratio, A, eps, eps_high):
+    clipped = min(max(ratio, 1 - eps), 1 + eps_high)
+    return min(ratio * A, clipped * A)
+
+
+def example_groups():
+    """Two groups of three trajectories, each a list of decoding steps, each a list of (log π_θ, log π_old)."""
+    g = torch.Generator().manual_seed(5)
+    sizes = [[[1, 2, 1], [3], [2, 2]], [[1], [1, 1, 1, 4], [2]]]
+    return [[[[(-1.5 * float(torch.rand((), generator=g)), -1.5 * float(torch.rand((), generator=g)))
+               for _ in range(n)] for n in trajectory] for trajectory in group] for group in sizes]
+
+
+@pytest.mark.parametrize("name", ["eq6", "eq7", "eq8"])
+@pytest.mark.parametrize("count", ["steps", "tokens"])
+def test_objectives_equal_transcriptions_with_loops(name, count):
+    groups, rewards = example_groups(), [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]]
+    eps, eps_high, J, hits = 0.2, 0.3, 0.0, []
+    for group, r in zip(groups, rewards):
+        mean = sum(r) / len(r)
+        size = [len(t) if count == "steps" else sum(map(len, t)) for t in group]
+        for i, trajectory in enumerate(group):
+            normaliser = 1 / size[i] if name == "eq6" else 1 / sum(size)
+            for step in trajectory:
+                ratios = [torch.tensor(new - old).exp().item() for new, old in step]
+                if name == "eq8":
+                    joint = 1.0
+                    for ratio in ratios:
+                        joint *= ratio
+                    ratios = [joint]
+                for ratio in ratios:
+                    J += normaliser * slow_C(ratio, r[i] - mean, eps, eps_high) / len(groups)
+                    hits.append(slow_C(ratio, r[i] - mean, eps, eps_high) < ratio * (r[i] - mean) - 1e-9)
+    assert any(hits) and not all(hits)
+    A = dirl.advantage(torch.tensor(rewards))
+    size = torch.tensor([[len(t) if count == "steps" else sum(map(len, t)) for t in group] for group in groups])
+    w = dirl.trajectory_weights(size, name)
+    columns, view = [], 0
+    for i, group in enumerate(groups):
+        for j, trajectory in enumerate(group):
+            for step in trajectory:
+                columns += [(new, old, float(A[i, j]), float(w[i, j]), view) for new, old in step]
+                view += 1
+    logp, old, A, w = (torch.tensor(x) for x in list(zip(*columns))[:4])
+    view = (torch.tensor([x[4] for x in columns]),) if name == "eq8" else ()
+    fast, clipped = {"eq6": dirl.eq6, "eq7": dirl.eq7, "eq8": dirl.eq8}[name](logp, old, A, w, eps, eps_high, *view)
+    assert abs(float(fast) - J) < 1e-6 and clipped.tolist() == hits
+    empty = torch.zeros(0)
+    none = (torch.zeros(0, dtype=torch.long),) if view else ()
+    assert getattr(dirl, name)(empty, empty, empty, empty, eps, eps_high, *none)[0] == 0
+
+
+def test_eq_7_and_8_without_pi_old_have_the_gradient_of_reinforce():
+    logp = torch.randn(6, requires_grad=True)
+    A, w, view = torch.randn(6)[[0, 0, 0, 1, 1, 2]], torch.rand(6)[[0, 0, 0, 1, 1, 2]], torch.tensor([0, 0, 1, 2, 2, 3])
+    for fast, _ in (dirl.eq7(logp, None, A, w, 0.2, 0.2), dirl.eq8(logp, None, A, w, 0.2, 0.2, view)):
+        assert torch.allclose(torch.autograd.grad(fast, logp)[0], w * A)
+
+
+def test_advantage():
+    r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [2.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(dirl.advantage(r), r - torch.tensor([[0.5], [0.5], [0.5]]))
+    assert torch.allclose(dirl.advantage(r, True)[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    assert torch.equal(dirl.advantage(r, True)[1], torch.zeros(4))
+
+
+def test_the_kl_term_has_the_value_and_the_gradient_of_kl():
+    torch.manual_seed(0)
+    theta, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    log_pi, log_ref = theta.log_softmax(0), ref.log_softmax(0)
+    exact = (log_pi.exp() * (log_pi - log_ref)).sum()
+    expected = (log_pi.exp().detach() * dirl.kl_k3(log_pi, log_ref)).sum()       # E over tokens drawn from π_θ
+    assert torch.allclose(exact, expected)
+    assert torch.allclose(*(torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (exact, expected)))
+
+
+@pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
+def test_gradient_does_not_depend_on_max_tokens(policies, objective):
+    policy = policies(4)
+    c, flat = rollouts(policy, "--objective", objective, n=8)
+    groups = [(flat[:4], [1.0, 0.0, 0.0, 0.5]), (flat[4:], [0.0, 1.0, 1.0, 1.0])]
+    gradients = []
+    for max_tokens in (1, 150, 10**6):
+        rows = dirl.make_rows(policy, dirl.dipo_documents(policy, c, groups), max_tokens)
+        J = 0.0
+        for row in rows:
+            logp, _ = policy.score(row)
+            view = (row["copy"][row["reads"]] - 1,) if objective == "eq8" else ()
+            old = row["logp_sampler"] if objective == "eq6" else None
+            J = J + getattr(dirl, objective)(logp, old, row["A"], row["w"], 0.2, 0.2, *view)[0]
+        gradients.append(gradient(policy, J))
+        assert len(rows) == {1: 8, 10**6: 1}.get(max_tokens, len(rows))
+    assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients[1:])
+
+
+def test_gradient_checkpointing_changes_nothing(policies):
+    policy = policies(4)
+    _, trajectories = rollouts(policy, n=4)
+    row = dirl.make_rows(policy, documents_of(policy, trajectories), 10**6)[0]
+    plain = gradient(policy, policy.score(row)[0].sum())
+    policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        assert policy.model.training and torch.allclose(plain, gradient(policy, policy.score(row)[0].sum()), atol=1e-6)
+        again = rollouts(policy, n=4)[1]                            # and the sampler's cache still works
+        assert all(torch.equal(a.output, b.output) for a, b in zip(trajectories, again))
+    finally:
+        policy.model.activation_checkpointing_disable()
+
+
+def test_dynamic_sampling_drops_exactly_the_flat_groups(policies):
+    policy = policies(4)
+    c = flags("--prompts", 3, "--group-size", 4, "--max-new-tokens", 4, "--max-attempts", 3)
+    calls, asked = [], []
+
+    def problem(i):
+        asked.append(i)
+        return [i + 1] * 5, ("mixed" if i in (1, 4, 5, 8) else "flat"), ""
+
+    def reward(answer, truth):
+        calls.append(truth)
+        return len(calls) % 2 if truth == "mixed" else 1.0
+    mixed, every, position = dirl.dynamic_sampling(policy, c, problem, reward, 1, 0, {})
+    assert asked == [0, 1, 2, 3, 4, 5] and position == 5 or asked == list(range(position))
+    assert [int(g[0].prompt[0]) - 1 for g, _ in mixed] == [1, 4, 5][:len(mixed)] and len(mixed) == 3
+    assert len(every) == position and all(max(r) > min(r) for _, r in mixed)
+    assert sum(max(r) == min(r) for _, r in every) == len(every) - len(mixed)
+    never = dirl.dynamic_sampling(policy, c, lambda i: ([i + 1], "flat", ""), reward, 1, 7, {})
+    assert never[0] == [] and len(never[1]) == 9 and never[2] == 16         # three rounds of three, then give up
+
+
+# ---- data and reward --------------------------------------------------------------------------------------------
+
+
+def test_reward_on_a_table_of_answers():
+    table = [(r"so \boxed{42}", "42", 1), (r"\boxed{41} no, \boxed{42}", "42", 1), (r"\boxed{42} no, \boxed{41}", "42", 0),
+             ("42", "42", 0), (r"\boxed{\frac{1}{2}}", "0.5", 1), (r"\boxed{0.5}", r"\frac{1}{2}", 1),
+             (r"\boxed{1,000}", "1000", 1), (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1),
+             (r"\boxed{}", "42", 0), (r"\boxed{42", "42", 0), ("", "42", 0), (r"\boxed{-3}", "3", 0),
+             (r"\boxed{(1,2)}", "(1,2)", 1), (r"\boxed{18\text{ dollars}}", "18", 1), (r"\boxed{\text{no}}", "42", 0)]
+    for answer, truth, expected in table:
+        assert dirl.math_reward(answer, truth) == expected, (answer, truth)
+    assert dirl.arithmetic_reward("1+1=2,2+3=5", "5") == 1 and dirl.arithmetic_reward("1+1=2,2+3=5,", "5") == 0
+    assert dirl.arithmetic_reward("1+1=2", "5") == 0 and dirl.arithmetic_reward("", "5") == 0
+
+
+@pytest.mark.parametrize("answer", [
+    r"\boxed{9^9^9^9}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{" + "{" * 10**6 + "}" * 10**6 + "}", r"\boxed{" * 10**5,
+    r"\boxed{\frac{1}{}}", r"\boxed{\begin{matrix}1&2\\}", r"\boxed{" + "((((" * 40 + "1" + "))))" * 40 + "}",
+    r"\boxed{1000000000!}", r"\boxed{\int_0^{\infty} \frac{\sin x^{x^x}}{x} dx}", r"\boxed{10^{10^{10}}}",
+    r"\boxed{\x00\ud83d}", r"\boxed{\sum_{i=1}^{10^{12}} i^i}", r"\boxed{2^{2^{2^{2^{2^{2}}}}}}"])
+def test_hostile_answers_earn_nothing_and_stop_nothing(answer):
+    start = time.perf_counter()
+    assert dirl.math_reward(answer, "42") == 0
+    assert time.perf_counter() - start < 5
+
+
+def test_built_in_task():
+    questions, remainders, lengths = set(), set(), []
+    for i in range(300):
+        question, work, truth = dirl.arithmetic(i)
+        assert str(eval(question.rstrip("="))) == truth             # the chain itself
+        for term in work.split(","):
+            left, right = term.split("=")
+            assert str(eval(left)) == right
+        questions.add(question)
+        remainders.add((len(question) + 3) % 4)
+        lengths.append((len(work) + 1) / 4)
+    assert remainders == {0, 1, 2, 3} and sum(lengths) / 300 >= 3 and len(questions) > 250
+    held_out = {dirl.arithmetic(i, held_out=True)[0] for i in range(300)}
+    assert not questions & held_out and dirl.arithmetic(5) == dirl.arithmetic(5)
+
+
+def test_problems_in_the_formats_of_dirl_gsm8k_math_and_big_math(tmp_path):
+    records = [{"question": "a", "ground_truth_answer": 3}, {"question": "b", "answer": "work\n#### 1,234"},
+               {"problem": "c", "solution": r"thus \boxed{\frac{1}{2}}."}, {"problem": "d", "answer": "x"}]
+    for name, text in (("p.json", json.dumps(records)), ("p.jsonl", "\n\n".join(map(json.dumps, records)) + "\n")):
+        (tmp_path / name).write_text(text)
+        assert dirl.read_problems(str(tmp_path / name)) == [("a", "3"), ("b", "1,234"), ("c", r"\frac{1}{2}"), ("d", "x")]
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    (tmp_path / "c.json").write_text(json.dumps([{"messages": [user, assistant, user, assistant, user]}]))
+    assert dirl.read_chats(str(tmp_path / "c.json")) == [[user, assistant, user, assistant]]
+
+
+def test_nth_walks_through_every_item_of_an_epoch():
+    items = list("abcdefg")
+    first, second = ([dirl.nth(items, i, 0, "x") for i in range(e * 7, e * 7 + 7)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == items and first != second
+
+
+# ---- checkpoints, flags, runs -------------------------------------------------------------------------------------
+
+
+def test_sdar_save_and_load(policies, tmp_path):
+    from safetensors.torch import load_file
+    source, folder = policies(4).folder, str(tmp_path / "copy")
+    c = flags()
+    policy = dirl.load_policy(source, c, dirl.read_config(source, c))
+    os.makedirs(os.path.join(source, "subfolder"), exist_ok=True)
+    dirl.save_policy(policy, folder)
+    before, after = (load_file(os.path.join(f, "model.safetensors")) for f in (source, folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert "model.layers.0.self_attn.q_norm.weight" in after and "lm_head.weight" in after
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        with open(os.path.join(source, name), "rb") as a, open(os.path.join(folder, name), "rb") as b:
+            assert a.read() == b.read()
+    again = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+    for a, b in zip(policy.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    config = json.load(open(os.path.join(folder, "config.json")))
+    assert config["model_type"] == "sdar" and config["rope_theta"] == 100.0 and config["torch_dtype"] == "float32"
+    assert again.model.config._attn_implementation == "dirl"
+
+
+def test_a_bfloat16_tied_checkpoint_with_a_foreign_attention_setting(policies, tmp_path):
+    folder = str(tmp_path / "tied")
+    shutil.copytree(policies(4).folder, folder)
+    path = os.path.join(folder, "config.json")
+    config = json.load(open(path)) | {"tie_word_embeddings": True, "torch_dtype": "bfloat16",
+                                      "attn_implementation": "flex_attention", "rope_theta": 1e6,
+                                      "eos_token_id": [256, 257], "auto_map": {"AutoModelForCausalLM": "evil.py--X"}}
+    json.dump(config, open(path, "w"))
+    with open(os.path.join(folder, "evil.py"), "w") as file:
+        file.write("raise SystemExit('executed')")
+    from safetensors.torch import load_file, save_file
+    weights = load_file(os.path.join(folder, "model.safetensors"))
+    weights.pop("lm_head.weight")
+    save_file({k: v.bfloat16() for k, v in weights.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    c = flags()
+    policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+    assert policy.model.config.rope_parameters["rope_theta"] == 1e6 and policy.eos_id == 256
+    assert policy.model.lm_head.weight.data_ptr() == policy.model.model.embed_tokens.weight.data_ptr()
+    assert len(rollouts(policy, n=2)[1]) == 2
+    dirl.save_policy(policy, str(tmp_path / "out"))
+    saved = load_file(str(tmp_path / "out" / "model.safetensors"))
+    assert "lm_head.weight" not in saved and {v.dtype for v in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[k], weights[k].bfloat16()) for k in saved)
+
+
+def outcome(tmp_path, capsys, monkeypatch, start, *argv):
+    """Everything a short run leaves: printed lines, metrics without seconds, weights, and how often the model ran."""
+    calls = {"score": 0, "decode": 0}
+    score, decode = dirl.Policy.score, dirl.decode
+
+    def counted(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+        return call
+    out = str(tmp_path / f"out{len(os.listdir(tmp_path))}")
+    with monkeypatch.context() as patch:
+        patch.setattr(dirl.Policy, "score", counted("score", score))
+        patch.setattr(dirl, "decode", counted("decode", decode))
+        given = [str(x) for x in argv]
+        dirl.main((["--model", start] if "--model" not in given else []) + ["--out", out] + given)
+    from safetensors.torch import load_file
+    stage = "sft" if "sft" in given else "rl"
+    weights = load_file(os.path.join(out, stage, "model.safetensors"))
+    lines = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(out, stage)]
+    printed = capsys.readouterr().out.replace(out, "OUT")
+    return {"metrics": lines, "weights": float(sum(w.double().abs().sum() for w in weights.values())),
+            "config": open(os.path.join(out, stage, "config.json")).read(), "calls": calls, "printed": printed}
+
+
+FLAGS = {  # flag: (stage, what it needs besides, two values that must differ in something)
+    "seed": ("rl", (), 0, 1), "steps": ("rl", (), 1, 2), "lr": ("rl", (), 1e-3, 1e-2), "temperature": ("rl", (), 1, 2),
+    "schedule": ("rl", ("--steps", 3, "--warmup", 0), "constant", "cosine"), "warmup": ("rl", (), 0, 3),
+    "max-tokens": ("rl", (), 64, 512), "max-length": ("rl", ("--data", "DATA"), 200, 300), "batch": ("sft", (), 2, 3),
+    "prompts": ("rl", (), 2, 3), "group-size": ("rl", (), 4, 5), "max-new-tokens": ("rl", (), 12, 24),
+    "block-size": ("sft", ("--model", "tiny"), 2, 4), "unmask": ("rl", (), "dynamic", "static"),
+    "tokens-per-step": ("rl", ("--unmask", "static"), 1, 2), "threshold": ("rl", (), 0.3, 0.95),
+    "confidence": ("rl", ("--unmask", "static", "--temperature", 2), "top1", "drawn"), "slots": ("rl", (), 3, 100),
+    "objective": ("rl", (), "eq7", "eq6"), "count": ("rl", (), "steps", "tokens"),
+    "eps": ("rl", ("--updates", 3, "--lr", 0.1), 0.01, 0.5), "eps-high": ("rl", ("--updates", 3, "--lr", 0.1), 0.01, 0.5),
+    "beta": ("rl", ("--objective", "eq7", "--updates", 2), 0, 1), "adv-std": ("rl", (), None, True),
+    "updates": ("rl", (), 1, 2), "max-attempts": ("rl", ("--reward", "flat:reward"), 1, 2),
+    "reward": ("rl", (), "flat:reward", "flat:length"), "held-out": ("rl", (), 0, 3), "data": ("rl", (), None, "DATA"),
+    "recipe": ("sft", ("--batch", 2), None, "paper"), "model": ("rl", (), None, "OTHER"),
+    "stage": (None, (), "sft", "rl")}
+
+
+def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    work = tmp_path_factory.mktemp("flags")
+    (work / "flat.py").write_text("def reward(answer, truth):\n    return 1\n"
+                                  "def length(answer, truth):\n    return len(answer)\n")
+    with open(work / "data.jsonl", "w") as file:
+        for n in range(6):
+            file.write(json.dumps({"question": "?" * (100 + 20 * n), "answer": "#### 3"}) + "\n")
+    monkeypatch.chdir(work)
+    places = {"DATA": str(work / "data.jsonl"), "OTHER": policies(4).folder}
+    assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {"out"}    # out: test_runs
+    same = None
+    for name, (stage, besides, *values) in FLAGS.items():
+        short = {"--steps": 1, "--warmup": 0, "--lr": 1e-3, "--seed": 0}
+        short |= {"--batch": 2} if stage == "sft" else {"--prompts": 3, "--group-size": 4, "--max-new-tokens": 24,
+                                                        "--max-attempts": 1, "--held-out": 0}
+        results = []
+        for value in values:
+            given = short | dict(zip(besides[::2], besides[1::2])) | {"--" + name: value}
+            if name == "stage":
+                given |= {"--batch": 2} if value == "sft" else {}
+            else:
+                given["--stage"] = stage
+            given = [places.get(x, x) for k, v in given.items() if v is not None for x in ((k,) if v is True else (k, v))]
+            start = os.path.join(trained, "rl" if stage == "sft" else "sft")
+            results.append(outcome(tmp_path, capsys, monkeypatch, start, *given))
+        a, b = results
+        if name == "reward":
+            assert a["metrics"][0]["reward"] != b["metrics"][0]["reward"]
+        elif name in ("max-tokens", "slots"):                       # how the work is cut must not show in the result
+            assert a["calls"] != b["calls"] and abs(a["weights"] - b["weights"]) < 1e-4 * a["weights"], name
+            assert a["metrics"][0]["reward"] == b["metrics"][0]["reward"], name
+        elif name in ("held-out", "recipe", "max-attempts"):
+            assert a["printed"] != b["printed"] or a["metrics"] != b["metrics"], name
+        else:
+            assert a["metrics"] != b["metrics"] or a["config"] != b["config"], name
+        if name == "seed":
+            same = a
+    assert outcome(tmp_path, capsys, monkeypatch, os.path.join(trained, "sft"), "--stage", "rl", "--steps", 1, "--warmup", 0,
+                   "--lr", 1e-3, "--prompts", 3, "--group-size", 4, "--max-new-tokens", 24, "--max-attempts", 1,
+                   "--held-out", 0)["metrics"] == same["metrics"]   # and a run repeats itself bit for bit
+
+
+def test_recipe_sets_the_papers_values_and_flags_override_them():
+    sft, rl = flags("--recipe", "paper", stage="sft"), flags("--recipe", "paper", "--lr", "2e-6")
+    assert (sft.steps, sft.lr, sft.batch, sft.schedule, sft.max_length) == (100, 1e-5, 512, "cosine", 8192)
+    assert (rl.steps, rl.lr, rl.prompts, rl.group_size, rl.max_new_tokens) == (40, 2e-6, 128, 32, 8192)
+    assert flags("--eps", 0.1).eps_high == 0.1 and flags("--eps-high", 0.28).eps == 0.2
+    real = flags("--model", "somewhere")
+    assert (real.prompts, real.group_size, real.max_new_tokens) == (8, 8, 2048)
+
+
+def test_learning_rate():
+    c = flags("--steps", 10, "--warmup", 2, "--lr", 1, "--schedule", "cosine")
+    rates = [dirl.learning_rate(c, step) for step in range(1, 11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and all(a > b > 0 for a, b in zip(rates[2:], rates[3:])) and rates[-1] < 0.05
+    assert dirl.learning_rate(flags("--warmup", 0, "--lr", 1), 1) == 1
+
+
+def bad_inputs(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    os.makedirs(tmp_path / "moe")
+    write("moe/config.json", '{"model_type": "sdar_moe"}')
+    return [(["--step", "3"], "--step"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"),
+            (["--lr", "nan"], "--lr"), (["--objective", "eq9"], "--objective"), (["--group-size", "1"], "--group-size"),
+            (["--beta", "0.1"], "--beta"), (["--tokens-per-step", "3"], "--tokens-per-step"),
+            (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "nowhere"), (["extra"], "extra"),
+            (["--model", str(tmp_path)], "config.json"), (["--model", str(tmp_path / "moe")], "sdar_moe"),
+            (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
+            (["--data", write("broken.jsonl", '{"question": "a", "answer": "1"}\n{')], "broken.jsonl"),
+            (["--data", write("list.jsonl", "[1]")], "line 1"), (["--data", write("number.json", "3")], "number.json"),
+            (["--data", write("no.jsonl", '{"question": "a", "answer": "1"}\n{"question": "a"}')], "line 2"),
+            (["--stage", "sft", "--data", write("chat.json", '[{"messages": []}]')], "record 1"),
+            (["--stage", "sft", "--data", write("chat2.json", '[{"messages": [{"role": "user"}]}]')], "record 1"),
+            (["--reward", "nothing"], "--reward"), (["--reward", "json:nothing"], "--reward"),
+            (["--reward", "no.module:f"], "--reward")]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv, culprit in bad_inputs(tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            dirl.main([*argv, "--out", str(tmp_path / "never")])
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and captured.err.count("\n") == 1 and culprit in captured.err, (argv, captured.err)
+        assert not os.path.exists(tmp_path / "never" / "init") and captured.out == ""
+    done = subprocess.run([sys.executable, os.path.join(HERE, "dirl.py"), "--objective", "eq9"], capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_help_names_the_papers_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dirl.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "(paper: 0.9)" in text and "Eq. 6, 7 or 8 [eq8]" in text and "tiny rl 0.0003" in text
+
+
+def test_sft_on_chats_then_rl_on_problems_with_python(tmp_path, capsys, monkeypatch):
+    """`python dirl.py` from file data: skipped records are counted, finished stages are left alone."""
+    monkeypatch.chdir(tmp_path)
+    chats = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "yes"}]}
+             for n in (5, 10, 200, 15)] + [{"messages": [{"role": "user", "content": "<|MASK|>"},
+                                                         {"role": "assistant", "content": "no"}]}]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps({"question": "a" * n, "answer": "#### 2"}) + "\n"
+                                                  for n in (3, 50, 400)))
+    dirl.main(["--stage", "sft", "--data", "chats.json", "--out", "run", "--steps", "2", "--batch", "3", "--max-length", "64"])
+    assert "skipped 2 of 5 examples" in capsys.readouterr().out and len(metrics("run", "sft")) == 2
+    dirl.main(["--stage", "rl", "--model", "run/sft", "--data", "gsm8k.jsonl", "--steps", "21", "--prompts", "1",
+               "--group-size", "2", "--max-new-tokens", "4", "--max-attempts", "1", "--max-length", "300"])
+    captured = capsys.readouterr()
+    assert "skipped 1 of 3 prompts" in captured.out and "run/rl" in captured.out
+    assert captured.out.count("20 steps in a row") == 1
+    line = metrics("run", "rl")[0]                                  # every group flat: no step, null
+    assert line["loss"] is None and line["grad_norm"] is None and line["groups_dropped"] == 1 and line["reward"] == 0
+    before = open("run/metrics.jsonl").read()
+    dirl.main(["--stage", "rl", "--model", "run/sft"])
+    assert "run/rl exists" in capsys.readouterr().out and open("run/metrics.jsonl").read() == before
+    with pytest.raises(SystemExit):
+        dirl.main(["--stage", "sft", "--model", "run/sft", "--block-size", "8", "--out", "other"])
+    assert "--block-size 8" in capsys.readouterr().err
+
+
+def test_torchrun_of_several_ranks_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        dirl.main([])
+    assert "one rank" in capsys.readouterr().err
+
+
+def test_default_run_learns(trained):
+    """`torchrun dirl.py --stage rl`: SFT, then DiPO on the built-in task; the figures of the README."""
+    lines, log = metrics(trained, "rl"), open(trained + ".log").read()
+    reward = [line["reward"] for line in lines]
+    first, last = sum(reward[:5]) / 5, sum(reward[-10:]) / 10
+    assert last >= first + 0.30 and last >= 0.80
+    before, after = (float(log.split(f"{when} RL: greedy accuracy ")[1].split()[0]) for when in ("before", "after"))
+    assert after >= before + 0.15 and "on 256 held-out problems" in log and log.splitlines()[-1].startswith("rl: greedy accuracy")
+    assert all(line["logp_gap"] < 1e-4 for line in lines)
+    expected = {"stage", "step", "loss", "lr", "grad_norm", "seconds", "reward", "kl", "entropy", "clip_fraction",
+                "tokens_per_step", "output_length", "truncated", "groups_dropped", "duplicates", "forward_tokens", "logp_gap",
+                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update"}
+    assert all(set(line) == expected for line in lines) and [line["step"] for line in lines] == list(range(1, 51))
+    assert set(metrics(trained, "sft")[0]) == {"stage", "step", "loss", "lr", "grad_norm", "forward_tokens", "seconds"}
+    assert sorted(os.listdir(trained)) == ["init", "metrics.jsonl", "rl", "sft"]
+
+
+def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coin.py").write_text("import random\n\nrandom.seed(0)\n\n\ndef toss(answer, truth):\n"
+                                      "    return random.random() < 0.5\n")
+    dirl.main(["--model", os.path.join(trained, "sft"), "--out", "run", "--reward", "coin:toss", "--steps", "30",
+               "--held-out", "0", "--lr", "3e-4", "--prompts", "16", "--max-new-tokens", "48", "--warmup", "5"])
+    accuracy = []
+    for folder in (os.path.join(trained, "sft"), "run/rl"):
+        c = flags()
+        policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+        held_out = [(policy.prompt([{"role": "user", "content": q}]), truth, q) for q, _, truth in
+                    (dirl.arithmetic(("held out", i), held_out=True) for i in range(128))]
+        accuracy.append(dirl.greedy_accuracy(policy, c, held_out, dirl.arithmetic_reward, "here"))
+    assert accuracy[1] < accuracy[0] + 0.15
