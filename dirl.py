@@ -369,7 +369,7 @@ PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
                  batch=24),
     "tiny sft": dict(steps=700, lr=3e-3, schedule="cosine", warmup=20),
-    "tiny rl": dict(steps=50, lr=3e-4, schedule="constant", warmup=5),
+    "tiny rl": dict(steps=60, lr=2e-4, schedule="constant", warmup=5),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
                  batch=16),
     "real sft": dict(steps=100, lr=1e-5, schedule="cosine", warmup=10),
@@ -406,7 +406,7 @@ def parse_flags(argv=None):
 
 def configure(given, stage):
     """The Config of a stage: what was given, else the recipe's value, else the model's."""
-    kind = "tiny" if given.model in (None, "tiny") else "real"
+    kind = "tiny" if is_tiny(given.model) else "real"
     values = PRESETS[kind] | PRESETS[f"{kind} {stage}"]
     if given.recipe:
         values |= PRESETS["paper"] | PRESETS[f"real {stage}"]
@@ -417,6 +417,15 @@ def configure(given, stage):
         c.block_size = c.block_size or 4
         check_block(c, c.block_size)
     return replace(c, eps_high=c.eps if c.eps_high is None else c.eps_high)
+
+
+def is_tiny(model):
+    """Whether --model is the built-in model or a checkpoint of it."""
+    try:
+        with open(os.path.join(model or "tiny", "config.json"), encoding="utf-8") as file:
+            return json.load(file)["hidden_size"] < 512
+    except (OSError, ValueError, KeyError, TypeError):
+        return model in (None, "tiny")
 
 
 def check_block(c, B):
@@ -480,12 +489,10 @@ def read_chats(path):
 
 
 def arithmetic(key, held_out=False):
-    """Built-in task: a chain of + and -, worked out one by one. Returns (question, demonstration for SFT,
-    answer).
+    """Built-in task: a chain of + and - worked out one by one. Returns (question, demonstration, answer).
 
-    Three of four demonstrations are impatient and stop before the last term: SFT imitates them with the rest,
-    and RL has something to find out. Whether a question is held out follows from its text, so the two sets
-    cannot meet."""
+    Of eight demonstrations two are right, three stop before the last term and three undo it: SFT imitates them
+    all, RL finds out where to stop. A question's text says whether it is held out, so the sets cannot meet."""
     g = generator("arithmetic", key)
 
     def integer(low, high):
@@ -493,13 +500,14 @@ def arithmetic(key, held_out=False):
     while True:
         totals = [integer(0, 10)]
         for _ in range(integer(3, 5)):
-            totals.append(min(9, max(0, totals[-1] + integer(-2, 3))))
-        terms = [f"{b - a:+d}" for a, b in zip(totals, totals[1:])]
-        question = str(totals[0]) + "".join(terms) + "=" * integer(0, 2)
-        work = [f"{a}{term}={b}" for a, term, b in zip(totals, terms, totals[1:])]
-        impatient = integer(0, 4) > 0
+            step = integer(1, 3) * (-1) ** integer(0, 2)
+            totals.append(totals[-1] + (step if 0 <= totals[-1] + step <= 9 else -step))
+        question = str(totals[0]) + "".join(f"{b - a:+d}" for a, b in zip(totals, totals[1:]))
+        question += "=" * integer(0, 2)
+        shown = {0: totals[:-1], 1: [*totals, totals[-2]], 2: totals}[integer(0, 8) // 3]
+        work = ",".join(f"{a}{b - a:+d}={b}" for a, b in zip(shown, shown[1:]))
         if (hashlib.sha256(question.encode()).digest()[0] < 32) == held_out:
-            return question, ",".join(work[:-1] if impatient else work), str(totals[-1])
+            return question, work, str(totals[-1])
 
 
 def arithmetic_reward(answer, truth):
@@ -1154,11 +1162,13 @@ def main(argv=None):
     if os.path.isdir(os.path.join(c.out, c.stage)):
         print(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
         return
+    start = os.path.join(c.out, "init") if c.model == "tiny" else find_model(c.model)
+    if c.model != "tiny":
+        read_config(start, c)                                          # refuses before anything is written
     try:
         os.makedirs(c.out, exist_ok=True)
     except OSError as error:
         fail(f"--out {c.out}: {error}")
-    start = os.path.join(c.out, "init") if c.model == "tiny" else find_model(c.model)
     if c.model == "tiny" and not os.path.exists(os.path.join(start, "model.safetensors")):
         build_tiny(start, c.block_size, c.seed)
     if c.model == "tiny" and c.stage == "rl":                          # SFT first, where OUT has none
