@@ -3,14 +3,15 @@
 
     python -m pytest test_dirl.py
 """
-import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def trained(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("default") / "run")
     with open(out + ".log", "w", encoding="utf-8") as log:
         subprocess.run([*TORCHRUN, "--stage", "rl", "--seed", "0", "--out", out], stdout=log, stderr=log, check=True,
-                       timeout=500)
+                       timeout=900)
     return out
 
 
@@ -80,7 +81,7 @@ def slow_log_policy(policy, logits, temperature=1.0):
 
 
 def slow_states(policy, t):
-    """Replay a trajectory: yields (block, step, the sequence up to this block as the model saw it, committed positions)."""
+    """Replay: yields (block, step, the sequence up to this block as the model saw it, positions committed)."""
     P, tokens, step = len(t.prompt), torch.cat([t.prompt, t.output]), [0] * len(t.prompt) + t.steps.tolist()
     for k in range(P // policy.B, len(tokens) // policy.B):
         positions = range(k * policy.B, (k + 1) * policy.B)
@@ -255,7 +256,8 @@ def test_noise_and_views_of_an_sft_example():
     assert d["ids"].tolist() == [*range(12), 4, 99, 99, 99, 99, 99, 99, 99]     # prompt token 4 stays clean
     assert d["target"].tolist() == [5, 6, 7, 8, 9, 10, 11] and d["reads"].tolist() == [13, 14, 15, 16, 17, 18, 19]
     assert torch.allclose(d["weight"], 1 / torch.tensor([0.5005] * 3 + [1.0] * 4))
-    d = dirl.noised_document(tokens, P, torch.tensor([0.0, 0.5]), torch.tensor([[0.01] * 4, [0.9, 0.1, 0.9, 0.9]]), B, 99)
+    z = torch.tensor([[0.01] * 4, [0.9, 0.1, 0.9, 0.9]])
+    d = dirl.noised_document(tokens, P, torch.tensor([0.0, 0.5]), z, B, 99)
     assert d["ids"].tolist() == [*range(12), 8, 99, 10, 11] and d["target"].tolist() == [9]
     assert d["pos"].tolist()[12:] == [8, 9, 10, 11]                # a block without a masked token has no view
 
@@ -265,7 +267,8 @@ def test_example_ends_with_the_end_token_and_fills_its_block(policies):
     for text in ("", "1", "12", "123", "1234"):
         tokens, P = policy.example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}])
         tail = tokens[P + len(text):].tolist()
-        assert len(tokens) % 4 == 0 and tail[0] == policy.end_id and set(tail[1:]) <= {policy.eos_id} and len(tail) <= 4
+        assert len(tokens) % 4 == 0 and len(tail) <= 4
+        assert tail[0] == policy.end_id and set(tail[1:]) <= {policy.eos_id}
         assert policy.tokenizer.decode(tokens[P:P + len(text)]) == text
         assert policy.tokenizer.decode(tokens[:P]) == "<|user|>hi<|im_end|><|assistant|>"
 
@@ -505,6 +508,91 @@ def test_dynamic_sampling_drops_exactly_the_flat_groups(policies):
     assert sum(max(r) == min(r) for _, r in every) == len(every) - len(mixed)
     never = dirl.dynamic_sampling(policy, c, lambda i: ([i + 1], "flat", ""), reward, 1, 7, {})
     assert never[0] == [] and len(never[1]) == 9 and never[2] == 16         # three rounds of three, then give up
+
+
+# ---- what "unbiased" means: the gradient, by enumerating every trajectory ----------------------------------------
+
+
+class Toy(torch.nn.Module):
+    """One attention layer in float64 with the interface that Policy.score uses; 3 tokens and [MASK] = 3."""
+
+    def __init__(self, seed):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        shapes = {"token": (4, 8), "place": (6, 8), "q": (8, 8), "k": (8, 8), "v": (8, 8), "up": (8, 16), "down": (16, 8)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(0.8 * torch.randn(shape, generator=g, dtype=torch.float64)))
+        self.lm_head = torch.nn.Linear(8, 4, bias=False, dtype=torch.float64)
+        self.lm_head.weight.data = 0.6 * torch.randn(4, 8, generator=g, dtype=torch.float64)
+        self.device = torch.device("cpu")
+
+    def model(self, input_ids, position_ids, attention_mask, **unused):
+        x = self.token[input_ids] + self.place[position_ids]
+        scores = (x @ self.q) @ (x @ self.k).transpose(1, 2) / 8**0.5
+        x = x + scores.masked_fill(~attention_mask[0], -torch.inf).softmax(-1) @ x @ self.v
+        return SimpleNamespace(last_hidden_state=x + torch.tanh(x @ self.up) @ self.down)
+
+
+def every_path(policy, prompt, rule):
+    """Every way to decode one block: (probability, output, step map, log-probability of all candidates drawn).
+
+    A path draws a candidate for each masked position at each step; dirl.unmask says which of them are committed."""
+    positions = torch.arange(6)[None]
+
+    def walk(block, steps, s, log_p):
+        masked = block == 3
+        if not masked.any():
+            yield log_p.exp(), block, steps, log_p
+            return
+        ids = torch.cat([prompt, block])[None]
+        mask = (positions[0][None, :] // 3 <= positions[0][:, None] // 3)[None, None]
+        logits = policy.hidden(ids, positions, mask)[0, 3:] @ policy.model.lm_head.weight.T
+        log_pi = dirl.log_policy(logits, 1.0, 3)                                             # [3, vocab]
+        for drawn in itertools.product(range(3), repeat=int(masked.sum())):
+            token = block.clone()
+            token[masked] = torch.tensor(drawn)
+            new = dirl.unmask(log_pi[None], token[None], masked[None], *rule)[0]
+            log_draw = log_pi[masked].gather(1, token[masked][:, None]).sum()
+            yield from walk(torch.where(new, token, block), torch.where(new, s, steps), s + 1, log_p + log_draw)
+    start = torch.full((3,), 3), torch.zeros(3, dtype=torch.long), 1, torch.zeros((), dtype=torch.float64)
+    yield from walk(*start)
+
+
+def enumerated(rule):
+    """(exact gradient of E[R], that of DiPO's Eq. 8 in expectation, that with all candidates scored, step sizes)."""
+    toy = Toy(seed=6)
+    policy = dirl.Policy(toy, None, None, 3, 3, 0, 0, 1.0)
+    reward = torch.randn(27, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    baseline, normaliser, sizes, exact, every, J = 0.3, 1.7, set(), 0.0, 0.0, 0.0
+    for prompt in torch.tensor([[0, 0, 0], [0, 0, 1]]):
+        paths, documents = list(every_path(policy, prompt, rule)), []
+        assert abs(float(sum(p.detach() for p, *_ in paths)) - 1) < 1e-12
+        for p, output, steps, log_p in paths:
+            A = reward[output @ torch.tensor([1, 3, 9])] - baseline
+            exact, every = exact + p * (A + baseline), every + p.detach() * A * log_p
+            d = dirl.trajectory_document(prompt, output, steps, 3, 3)      # weighted as by its share of the samples
+            documents.append(d | {"A": A.expand(3), "w": (p.detach() / normaliser).expand(3)})
+            sizes |= {int((steps == s).sum()) for s in steps.tolist()}
+        for row in dirl.make_rows(policy, documents, 600):
+            logp, _ = policy.score(row)
+            J = J + dirl.eq8(logp, None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
+    return *(gradient_of(toy, x) for x in (exact, normaliser * J, every)), sizes
+
+
+def gradient_of(model, value):
+    grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
+                      for p, g in zip(model.parameters(), grads)])
+
+
+@pytest.mark.parametrize("rule, confidence", [("sequential", "top1"), ("static", "top1"), ("dynamic", "top1"),
+                                              ("static", "drawn"), ("dynamic", "drawn")])
+def test_dipo_is_unbiased_unless_a_token_is_kept_for_its_own_value(rule, confidence):
+    exact, committed, every, sizes = enumerated((rule, 1, 0.6, confidence))
+    error = float((committed - exact).norm() / exact.norm())
+    assert float((every - exact).norm() / exact.norm()) < 1e-10     # scoring rejected candidates too is always exact
+    assert error < 1e-10 if confidence == "top1" else error > 0.1
+    assert sizes == ({1, 2, 3} if rule == "dynamic" else {1})
 
 
 # ---- data and reward --------------------------------------------------------------------------------------------
