@@ -491,8 +491,8 @@ def read_chats(path):
 def arithmetic(key, held_out=False):
     """Built-in task: a chain of + and - worked out one by one. Returns (question, demonstration, answer).
 
-    Of eight demonstrations two are right, three stop before the last term and three undo it: SFT imitates all,
-    RL finds out where to stop. Whether a question is held out is read off its text, so the sets cannot meet."""
+    Of eight demonstrations two are right, three stop before the last term and three undo it. SFT imitates
+    all, RL finds out where to stop. A question's text says if it is held out, so the sets cannot meet."""
     g = generator("arithmetic", key)
 
     def integer(low, high):

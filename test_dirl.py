@@ -315,7 +315,7 @@ def test_step_maps_follow_the_unmasking_rule(policies, rule, per_step, confidenc
             masked = [p for p in range(k * 4, k * 4 + 4) if seen[p] == policy.mask_id]
             top = slow_log_policy(policy, slow_logits(policy, seen)).max(-1)
             assert all(tokens[p] == top.indices[p] for p in committed)          # greedy
-            ordered = sorted(masked, key=lambda p: p if rule == "sequential" else -float(top.values[p]))
+            ordered = sorted(masked, key=lambda p: p if rule == "sequential" else -top.values[p].item())
             expected = ordered[:per_step]
             if rule == "dynamic":
                 expected = [p for p in masked if float(top.values[p].exp()) >= 0.5] or ordered[:1]
