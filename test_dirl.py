@@ -343,6 +343,7 @@ def test_draw_inverts_the_distribution():
     tokens = dirl.draw(log_pi.expand(1000, 5), u)
     assert tokens.bincount(minlength=5).tolist() == [100, 0, 600, 300, 0]
     assert dirl.draw(log_pi, torch.tensor(0.0, dtype=torch.float64)) == 0
+    assert dirl.draw(torch.tensor([0.0, 1.0]).log(), torch.tensor(0.0, dtype=torch.float64)) == 1
     assert dirl.draw(log_pi, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 3
 
 
