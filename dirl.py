@@ -421,11 +421,13 @@ def configure(given, stage):
 
 def is_tiny(model):
     """Whether --model is the built-in model or a checkpoint of it."""
+    if model in (None, "tiny"):
+        return True
     try:
-        with open(os.path.join(model or "tiny", "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
             return json.load(file)["hidden_size"] < 512
     except (OSError, ValueError, KeyError, TypeError):
-        return model in (None, "tiny")
+        return False                                                   # what is wrong, read_config says
 
 
 def check_block(c, B):
@@ -504,7 +506,7 @@ def arithmetic(key, held_out=False):
             totals.append(totals[-1] + (step if 0 <= totals[-1] + step <= 9 else -step))
         question = str(totals[0]) + "".join(f"{b - a:+d}" for a, b in zip(totals, totals[1:]))
         question += "=" * integer(0, 2)
-        shown = {0: totals[:-1], 1: [*totals, totals[-2]], 2: totals}[integer(0, 8) // 3]
+        shown = (totals[:-1], [*totals, totals[-2]], totals)[integer(0, 8) // 3]
         work = ",".join(f"{a}{b - a:+d}={b}" for a, b in zip(shown, shown[1:]))
         if (hashlib.sha256(question.encode()).digest()[0] < 32) == held_out:
             return question, work, str(totals[-1])
@@ -1116,7 +1118,8 @@ def rl_problems(policy, c, records):
     problems = usable(policy, c, [encode(*record) for record in records], "prompts")
     problems = [nth(problems, i, c.seed, "split") for i in range(len(problems))]
     n = min(c.held_out, len(problems) // 10)
-    return (lambda i: nth(problems[n:], i, c.seed, "rl")), problems[:n]
+    held_out, training = problems[:n], problems[n:]
+    return (lambda i: nth(training, i, c.seed, "rl")), held_out
 
 
 def run_stage(c, folder, records, reward):
