@@ -61,19 +61,21 @@ def mask_mod(doc, copy, block):
     return sees
 
 
-def dense_mask(sees, N, device):
-    """The mask_mod of one row as a bool tensor [1, 1, N, N], for scaled_dot_product_attention."""
+def strips(sees, N, device, tile=128):
+    """The mask_mod of one row for scaled_dot_product_attention, where FlexAttention has no backward: for each
+    `tile` queries, the keys that any of them sees [K], and which of them sees which [tile, K]."""
     i = torch.arange(N, device=device)
-    return sees(0, 0, i[:, None], i[None, :])[None, None]
+    masks = (sees(0, 0, q[:, None], i) for q in i.split(tile))
+    return [(kv := mask.any(0).nonzero()[:, 0], mask[:, kv]) for mask in masks]
 
 
 def block_mask(sees, N, device, tile=128):
     """The mask_mod of one row as a BlockMask; N is a multiple of `tile`.
 
-    Goes strip by strip, `tile` queries against all keys, so that its memory is tile · N and never N · N."""
+    Goes by strips of `tile` queries against all keys, so that its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
-    strips = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
-    visible = torch.stack(strips)                                # [N/tile, N/tile] visible pairs in each tile
+    counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
+    visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
@@ -556,13 +558,16 @@ def load_reward(c):
 
 
 def attention(module, query, key, value, mask, scaling, **unused):
-    """What Qwen3 calls: FlexAttention under a BlockMask, SDPA under a dense mask (on CPU, in decoding)."""
+    """What Qwen3 calls: FlexAttention under a BlockMask, else SDPA under `strips`, or a mask (in decoding)."""
     query, key = query.to(value.dtype), key.to(value.dtype)    # autocast leaves them float32 after their norm
     if isinstance(mask, BlockMask):
         out = flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     else:                                      # under a mask, enable_gqa would leave the fast kernels on CUDA
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+        parts = [(slice(None), mask)] if torch.is_tensor(mask) else mask
+        queries, sdpa = query.split(parts[0][1].shape[-2], 2), torch.nn.functional.scaled_dot_product_attention
+        out = torch.cat([sdpa(q, key[:, :, kv], value[:, :, kv], seen, scale=scaling)
+                         for q, (kv, seen) in zip(queries, parts)], 2)
     return out.transpose(1, 2), None
 
 
@@ -596,14 +601,14 @@ class Policy:
     def hidden(self, ids, pos, mask, cache=None):
         """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA bfloat16 inside, float32 out."""
         with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext():
-            return self.model.model(input_ids=ids, position_ids=pos, attention_mask=mask,
+            return self.model.model(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
                                     past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R]."""
         N = len(row["ids"])
         sees = mask_mod(row["doc"], row["copy"], row["pos"] // self.B)
-        mask = (block_mask if self.device.type == "cuda" else dense_mask)(sees, N, self.device)
+        mask = (block_mask if self.device.type == "cuda" else strips)(sees, N, self.device)
         hidden = self.hidden(row["ids"][None], row["pos"][None], mask)[0, row["reads"]]  # [R, d]
         weight = self.model.lm_head.weight                                              # [vocab, d]
         return log_probs(hidden, weight, row["target"], self.temperature, self.mask_id)

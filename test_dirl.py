@@ -3,14 +3,23 @@
 
     python -m pytest test_dirl.py
 """
+import argparse
+import contextlib
 import copy
+import functools
+import io
 import itertools
 import json
+import math
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +27,7 @@ import torch
 
 import dirl
 
+TRAJECTORY_DOCUMENT = dirl.trajectory_document
 HERE = os.path.dirname(os.path.abspath(__file__))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", os.path.join(HERE, "dirl.py")]
 
@@ -113,6 +123,12 @@ def rollouts(policy, *argv, n=None, greedy=False):
     return c, dirl.rollout(policy, prompts, [(0, "test", 0, i, 0) for i in range(len(prompts))], c, greedy)
 
 
+def dense(row, B):
+    """Who sees whom in a row: bool [N, N]."""
+    i = torch.arange(len(row["ids"]))
+    return dirl.mask_mod(row["doc"], row["copy"], row["pos"] // B)(0, 0, i[:, None], i)
+
+
 def gradient(model, value):
     """Of all parameters, in one vector."""
     parameters = list(model.parameters())
@@ -147,7 +163,7 @@ def test_mask_is_the_picture_of_fig_4b():
     assert d["pos"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
     row = dirl.join([d | {"reads": torch.tensor([6])}, d | {"reads": torch.tensor([6])}], length=24)
     assert row["reads"].tolist() == [6, 16] and row["copy"].max() == 4
-    mask = dirl.dense_mask(dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 2), 24, "cpu")[0, 0]
+    mask = dense(row, 2)
     assert torch.equal(mask[:10, :10], expected) and torch.equal(mask[10:20, 10:20], expected)
     assert not mask[:10, 10:].any() and not mask[10:20, :10].any() and not mask[10:20, 20:].any()
     assert not mask[20:, :20].any() and mask.any(1).all()          # padding sees padding only, and something
@@ -156,31 +172,81 @@ def test_mask_is_the_picture_of_fig_4b():
 def test_two_views_of_one_block_do_not_see_each_other():
     d = dirl.layout(torch.arange(4), torch.tensor([1, 1]), torch.full((2, 2), 9), 2) | {"reads": torch.tensor([4])}
     row = dirl.join([d])
-    mask = dirl.dense_mask(dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 2), 8, "cpu")[0, 0]
+    mask = dense(row, 2)
     assert mask[4:6].int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]] * 2
     assert mask[6:8].int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
 
 
-def test_block_mask_equals_dense_mask_and_flex_attention_agrees(policies):
+def random_trajectory(g, P, L, B):
+    """(prompt, output, step map) with random tokens below 200 and, in each block, steps 1 to at most B."""
+    prompt, output = torch.randint(0, 200, (P,), generator=g), torch.randint(0, 200, (L,), generator=g)
+    steps = torch.zeros(L, dtype=torch.long)
+    for k in range(P // B, (P + L) // B):
+        positions = [p - P for p in range(k * B, (k + 1) * B) if p >= P]
+        drawn = torch.randint(0, B, (len(positions),), generator=g)
+        steps[positions] = drawn.unique(return_inverse=True)[1] + 1                      # no step commits nothing
+    return prompt, output, steps
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_every_token_sees_its_sequence_exactly_as_it_stood(B):
+    """Brute force over random rows: what a token of block k sees, ordered by position, spells block 0 to k of its
+    own document at its own moment, each position once. Token ids say which document they are of."""
+    g, mask_id = torch.Generator().manual_seed(B), 10**6
+    for _ in range(4):
+        documents, moments = [], []                                 # moments: for each token of the row, what it sees
+        for d in range(4):
+            P, blocks = int(torch.randint(1, 3 * B + 1, (), generator=g)), int(torch.randint(1, 5, (), generator=g))
+            prompt, output, steps = random_trajectory(g, P, (P // B + blocks) * B - P, B)
+            prompt, output = prompt + 1000 * d, output + 1000 * d
+            tokens = torch.cat([prompt, output])
+            moments += [tokens[:(p // B + 1) * B].tolist() for p in range(len(tokens))]
+            if d % 2:                                               # a trajectory
+                t = SimpleNamespace(prompt=prompt, output=output, steps=steps)
+                states = [seen.tolist() for _, _, seen, _ in slow_states(SimpleNamespace(B=B, mask_id=mask_id), t)]
+                documents.append(dirl.trajectory_document(prompt, output, steps, B, mask_id))
+            else:                                                   # an SFT example
+                u, z = torch.rand(blocks, generator=g), torch.rand(blocks, B, generator=g)
+                documents.append(dirl.noised_document(tokens, P, u, z, B, mask_id))
+                noisy = [[mask_id if p >= P and z[p // B - P // B, p % B] < 1e-3 + 0.999 * u[p // B - P // B] else
+                          int(tokens[p]) for p in range(k * B, (k + 1) * B)] for k in range(P // B, len(tokens) // B)]
+                states = [tokens[:(P // B + i) * B].tolist() + block for i, block in enumerate(noisy) if mask_id in block]
+            moments += [state for state in states for _ in range(B)]
+        row = dirl.join(documents, length=len(moments) + 7)
+        mask = dense(row, B)
+        for q, expected in enumerate(moments):
+            seen = mask[q].nonzero()[:, 0]
+            seen = seen[row["pos"][seen].argsort(stable=True)]
+            assert row["pos"][seen].tolist() == list(range(len(expected))) and row["ids"][seen].tolist() == expected
+        assert not mask[len(moments):, :len(moments)].any() and mask.any(1).all()
+
+
+def test_block_mask_and_strips_are_the_mask_and_attention_agrees_under_them():
     from torch.nn.attention.flex_attention import flex_attention
-    policy = policies(4)
-    _, trajectories = rollouts(policy)
-    row = dirl.join(documents_of(policy, trajectories), length=1024)
+    g = torch.Generator().manual_seed(0)
+    trajectories = [random_trajectory(g, P, L, 4) for P, L in ((300, 200), (5, 23), (130, 46), (9, 51))]
+    row = dirl.join([dirl.trajectory_document(*t, 4, 999) for t in trajectories], length=2048)
     sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 4)
-    dense = dirl.dense_mask(sees, 1024, "cpu")
-    blocks = dirl.block_mask(sees, 1024, "cpu")
-    tiles = dense[0, 0].view(8, 128, 8, 128).sum((1, 3))
-    listed = torch.zeros(8, 8, dtype=torch.long)
-    for number, index, kind in ((blocks.kv_num_blocks, blocks.kv_indices, 1),
-                                (blocks.full_kv_num_blocks, blocks.full_kv_indices, 2)):
-        for q in range(8):
-            listed[q, index[0, 0, q, :number[0, 0, q]].long()] = kind
-    assert torch.equal(listed, (tiles > 0).long() + (tiles == 128 * 128).long())
-    assert (listed == 0).any() and (listed == 1).any()
-    q, k, v = (torch.randn(1, heads, 1024, 16) for heads in (4, 2, 2))
+    mask, blocks = dense(row, 4), dirl.block_mask(sees, 2048, "cpu")
+    expanded, kinds = torch.zeros(2048, 2048, dtype=torch.bool), {"none": 256, "partial": 0, "full": 0}
+    for kind, number, index in (("partial", blocks.kv_num_blocks, blocks.kv_indices),
+                                ("full", blocks.full_kv_num_blocks, blocks.full_kv_indices)):
+        for i in range(16):
+            for j in index[0, 0, i, :number[0, 0, i]].tolist():
+                q, kv = torch.arange(128)[:, None] + 128 * i, torch.arange(128) + 128 * j
+                assert not expanded[q, kv].any()                    # listed once
+                expanded[q, kv] = blocks.mask_mod(0, 0, q, kv) if kind == "partial" else True
+                kinds[kind], kinds["none"] = kinds[kind] + 1, kinds["none"] - 1
+                assert (kind == "full") == mask[q, kv].all()  # and no tile is masked needlessly, or for nothing
+                assert mask[q, kv].any()
+    assert torch.equal(expanded, mask) and all(kinds.values())
+    q, k, v = (torch.randn(1, heads, 2048, 16, generator=g) for heads in (4, 2, 2))
     fast = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
-    slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)
+    slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     assert (fast - slow).abs().max() < 1e-5
+    for tile in (128, 100):                                         # a last strip that is shorter, too
+        in_strips, _ = dirl.attention(None, q, k, v, dirl.strips(sees, 2048, "cpu", tile), 0.25)
+        assert (in_strips.transpose(1, 2) - slow).abs().max() < 1e-5
 
 
 def test_pack_fills_rows_and_leaves_the_long_alone():
@@ -251,6 +317,70 @@ def test_sft_loss_equals_a_transcription_of_eq_3(policies, B):
     assert (fast - slow).norm() < 1e-4 * slow.norm()
 
 
+def test_blocks_of_one_token_are_a_causal_model(policies):
+    """B = 1: the clean copy is transformers' own causal forward, and the view of token i is the last row of that forward
+    on x_<i and one [MASK]; the position predicts itself."""
+    policy, model = policies(1), copy.copy(policies(1).model)
+    prompt, output, steps = random_trajectory(torch.Generator().manual_seed(3), 4, 9, 1)
+    tokens, P, S = torch.cat([prompt, output]), 4, 13
+    row = dirl.join([dirl.trajectory_document(prompt, output, steps, 1, policy.mask_id)])
+    with torch.no_grad():
+        ours = model.lm_head(policy.hidden(row["ids"][None], row["pos"][None], dense(row, 1)[None, None])[0])
+        logp, _ = policy.score(row)
+        model.config._attn_implementation = "sdpa"
+        try:
+            causal = model(input_ids=tokens[None], use_cache=False).logits[0]
+            masked = [model(input_ids=torch.tensor([[*tokens[:i], policy.mask_id]]), use_cache=False).logits[0, -1]
+                      for i in range(P, S)]
+        finally:
+            model.config._attn_implementation = "dirl"
+    assert (ours[:S] - causal).abs().max() < 1e-4 and (ours[S:] - torch.stack(masked)).abs().max() < 1e-4
+    expected = slow_log_policy(policy, torch.stack(masked)).gather(1, output[:, None])[:, 0]
+    assert len(ours) == S + 9 and (logp - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("P", [3, 4])
+def test_sft_loss_averaged_over_t_and_all_masks_is_the_nelbo(P):
+    """E over t and masks of Eq. 3, by enumeration of the masks and quadrature in t, is the mean over all orders of
+    -log Π_j p(x_σ(j) | x_σ(<j)): a mask of m of B tokens weighs ∫ t^m (1-t)^(B-m) / t dt = (m-1)! (B-m)! / B!."""
+    import numpy
+    B, policy = 3, toy_policy()
+    tokens = torch.tensor([0, 2, 1, 1, 0, 2])
+    answer = list(range(P, 6))
+    n = len(answer)
+
+    def cross_entropy(hidden_positions):
+        """Of each hidden token, given the prompt, and the rest of the block."""
+        seen = tokens.clone()
+        seen[hidden_positions] = 3
+        block = torch.arange(6) // B
+        hidden = policy.hidden(seen[None], torch.arange(6)[None], (block[None] <= block[:, None])[None, None])[0]
+        log_pi = dirl.log_policy(hidden @ policy.model.lm_head.weight.T, 1.0, 3)
+        return {p: -log_pi[p, tokens[p]] for p in hidden_positions}
+    orders = list(itertools.permutations(answer))
+    nelbo = sum(cross_entropy(list(order[i:]))[order[i]] for order in orders for i in range(n)) / len(orders)
+    patterns = [[p for p, h in zip(answer, pattern) if h] for pattern in itertools.product((0, 1), repeat=n)][1:]
+    nodes, shares = (torch.tensor(x) for x in numpy.polynomial.legendre.leggauss(8))     # exact to degree 15 on [-1, 1]
+
+    def averaged(times):
+        total = 0.0
+        for (t, share), pattern in itertools.product(zip(times, shares / 2), patterns):
+            z = torch.ones(1, B)
+            z[0, [p - 3 for p in pattern]] = -1.0                   # hidden, whatever t
+            row = dirl.join([dirl.noised_document(tokens, P, (t[None] - 1e-3) / (1 - 1e-3), z, B, 3)])
+            loss = dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens=1)
+            total = total + share * t**len(pattern) * (1 - t)**(n - len(pattern)) * loss
+        return total
+    by_weights = sum(math.factorial(len(p) - 1) * math.factorial(n - len(p)) / math.factorial(n)
+                     * sum(cross_entropy(p).values()) for p in patterns)
+    by_quadrature = averaged((nodes + 1) / 2)
+    assert torch.isclose(by_weights, nelbo, rtol=1e-12) and torch.isclose(by_quadrature, nelbo, rtol=1e-12)
+    exact, ours = (gradient(policy.model, x) for x in (nelbo, by_quadrature))
+    assert (exact - ours).norm() < 1e-12 * exact.norm()
+    clipped = averaged(1e-3 + (1 - 1e-3) * (nodes + 1) / 2)         # what t >= 1e-3 costs
+    assert 1e-6 < abs(clipped / nelbo - 1) < 2e-3
+
+
 def test_noise_and_views_of_an_sft_example():
     tokens, B, P = torch.arange(12), 4, 5
     d = dirl.noised_document(tokens, P, torch.tensor([0.5, 1.0]), torch.tensor([[0.0] * 4, [0.6] * 4]), B, 99)
@@ -314,7 +444,7 @@ def test_step_maps_follow_the_unmasking_rule(policies, rule, per_step, confidenc
         tokens = torch.cat([t.prompt, t.output])
         for k, s, seen, committed in slow_states(policy, t):
             masked = [p for p in range(k * 4, k * 4 + 4) if seen[p] == policy.mask_id]
-            top = slow_log_policy(policy, slow_logits(policy, seen)).max(-1)
+            top = slow_log_policy(policy, slow_logits(policy, seen).detach()).max(-1)
             assert all(tokens[p] == top.indices[p] for p in committed)          # greedy
             ordered = sorted(masked, key=lambda p: p if rule == "sequential" else -top.values[p].item())
             expected = ordered[:per_step]
@@ -434,11 +564,45 @@ def test_objectives_equal_transcriptions_with_loops(name, count):
     assert getattr(dirl, name)(empty, empty, empty, empty, eps, eps_high, *none)[0] == 0
 
 
-def test_eq_7_and_8_without_pi_old_have_the_gradient_of_reinforce():
+def test_on_policy_all_objectives_have_the_gradient_of_reinforce():
+    """At θ = θ_old and without a KL term: Σ w A ∇log π, whether the ratio is a token's or a step's."""
     logp = torch.randn(6, requires_grad=True)
     A, w, view = torch.randn(6)[[0, 0, 0, 1, 1, 2]], torch.rand(6)[[0, 0, 0, 1, 1, 2]], torch.tensor([0, 0, 1, 2, 2, 3])
-    for fast, _ in (dirl.eq7(logp, None, A, w, 0.2, 0.2), dirl.eq8(logp, None, A, w, 0.2, 0.2, view)):
-        assert torch.allclose(torch.autograd.grad(fast, logp)[0], w * A)
+    reinforce = torch.autograd.grad((w * A * logp).sum(), logp)[0]
+    for fast, clipped in (dirl.eq6(logp, logp.detach(), A, w, 0.2, 0.2), dirl.eq7(logp, None, A, w, 0.2, 0.2),
+                          dirl.eq7(logp, logp.detach(), A, w, 0.2, 0.2), dirl.eq8(logp, None, A, w, 0.2, 0.2, view),
+                          dirl.eq8(logp, logp.detach(), A, w, 0.2, 0.2, view)):
+        assert torch.allclose(torch.autograd.grad(fast, logp)[0], reinforce) and not clipped.any()
+
+
+@pytest.mark.parametrize("name", ["eq6", "eq7", "eq8"])
+def test_the_clip_acts_on_the_side_where_more_would_be_gained(name):
+    """(ratio, A, whether C_ε holds): its gradient is w ρ A where it does not hold, else 0, and the value is w A times the
+    ratio, or the bound. In Eq. 8 the ratio is that of two tokens, and neither is beyond the bounds alone."""
+    for ratio, A, held in ((1.5, 2.0, True), (1.5, -2.0, False), (0.5, 2.0, False), (0.5, -2.0, True),
+                           (1.25, 2.0, False), (0.85, -2.0, False), (1.35, 2.0, True), (0.75, -2.0, True)):
+        n, eps, eps_high, w = 2 if name == "eq8" else 1, 0.2, 0.3, 0.7
+        old = torch.full((n,), -1.3, dtype=torch.float64)
+        logp = (old + math.log(ratio) / n).requires_grad_()
+        view = (torch.zeros(n, dtype=torch.long),) if name == "eq8" else ()
+        columns = (torch.full((n,), x, dtype=torch.float64) for x in (A, w))
+        J, clipped = getattr(dirl, name)(logp, old, *columns, eps, eps_high, *view)
+        bound = 1 + eps_high if ratio > 1 else 1 - eps
+        assert clipped.tolist() == [held] and math.isclose(float(J.detach()), w * A * (bound if held else ratio), rel_tol=1e-12)
+        expected = torch.full((n,), 0.0 if held else w * A * ratio, dtype=torch.float64)
+        assert torch.allclose(torch.autograd.grad(J, logp)[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
+def test_the_second_update_moves_the_ratio(objective, trained, tmp_path):
+    """With hardly an ε, C_ε holds nothing at the first update (Eq. 6: beyond rounding) and something at the second."""
+    clipped = {}
+    for updates in (1, 2):
+        out = str(tmp_path / f"{updates}")
+        dirl.main(["--model", os.path.join(trained, "sft"), "--out", out, "--objective", objective, "--eps", "1e-4", "--steps", "1",
+                   "--warmup", "0", "--prompts", "4", "--group-size", "4", "--held-out", "0", "--updates", str(updates)])
+        clipped[updates] = metrics(out, "rl")[0]["clip_fraction"]
+    assert clipped[1] == 0 and clipped[2] > 0.1
 
 
 def test_advantage():
@@ -448,14 +612,20 @@ def test_advantage():
     assert torch.equal(dirl.advantage(r, True)[1], torch.zeros(4))
 
 
-def test_the_kl_term_has_the_value_and_the_gradient_of_kl():
+def test_unbiased_kl_term():
     torch.manual_seed(0)
     theta, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
     log_pi, log_ref = theta.log_softmax(0), ref.log_softmax(0)
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()
     expected = (log_pi.exp().detach() * dirl.kl_k3(log_pi, log_ref)).sum()       # E over tokens drawn from π_θ
-    assert torch.allclose(exact, expected)
-    assert torch.allclose(*(torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (exact, expected)))
+    k3 = (log_ref - log_pi).exp() - 1 - (log_ref - log_pi)                       # without the factor before it
+    plain, reverse = (log_pi.exp().detach() * k3).sum(), (log_ref.exp() * (log_ref - log_pi)).sum()
+    ours, right, k3s, wrong = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (expected, exact, plain, reverse))
+    assert torch.allclose(exact, expected) and torch.allclose(exact, plain)                  # the value is the same
+    assert torch.allclose(ours, right) and torch.allclose(k3s, wrong)            # k3's own gradient: of KL(π_ref‖π_θ)
+    print(f"k3 alone: its expected gradient is {float((k3s - right).norm() / right.norm()):.2f} off, relative; with "
+          f"π_θ/sg[π_θ] before it {float((ours - right).norm() / right.norm()):.1e}")
+    assert (k3s - right).norm() > 0.1 * right.norm()
 
 
 @pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
@@ -529,10 +699,20 @@ class Toy(torch.nn.Module):
         self.device = torch.device("cpu")
 
     def model(self, input_ids, position_ids, attention_mask, **unused):
+        mask = attention_mask["full_attention"]
+        if isinstance(mask, list):                                  # strips
+            full = torch.zeros(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool)
+            for rows, (kv, seen) in zip(torch.arange(len(full)).split(len(mask[0][1])), mask):
+                full[rows[:, None], kv] = seen
+            mask = full[None, None]
         x = self.token[input_ids] + self.place[position_ids]
         scores = (x @ self.q) @ (x @ self.k).transpose(1, 2) / 8**0.5
-        x = x + scores.masked_fill(~attention_mask[0], -torch.inf).softmax(-1) @ x @ self.v
+        x = x + scores.masked_fill(~mask[0], -torch.inf).softmax(-1) @ x @ self.v
         return SimpleNamespace(last_hidden_state=x + torch.tanh(x @ self.up) @ self.down)
+
+
+def toy_policy():
+    return dirl.Policy(Toy(seed=57), None, None, 3, 3, 0, 0, 1.0)
 
 
 def every_path(policy, prompt, rule):
@@ -560,36 +740,137 @@ def every_path(policy, prompt, rule):
     yield from walk(*start)
 
 
+@functools.cache
 def enumerated(rule):
-    """(exact gradient of E[R], that of DiPO's Eq. 8 in expectation, that with all candidates scored, step sizes)."""
-    toy = Toy(seed=6)
-    policy = dirl.Policy(toy, None, None, 3, 3, 0, 0, 1.0)
-    reward = torch.randn(27, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    baseline, normaliser, sizes, exact, every, J = 0.3, 1.7, set(), 0.0, 0.0, 0.0
-    for prompt in torch.tensor([[0, 0, 0], [0, 0, 1]]):
-        paths, documents = list(every_path(policy, prompt, rule)), []
-        assert abs(float(sum(p.detach() for p, *_ in paths)) - 1) < 1e-12
-        for p, output, steps, log_p in paths:
-            A = reward[output @ torch.tensor([1, 3, 9])] - baseline
-            exact, every = exact + p * (A + baseline), every + p.detach() * A * log_p
-            d = dirl.trajectory_document(prompt, output, steps, 3, 3)      # weighted as by its share of the samples
-            documents.append(d | {"A": A.expand(3), "w": (p.detach() / normaliser).expand(3)})
-            sizes |= {int((steps == s).sum()) for s in steps.tolist()}
-        for row in dirl.make_rows(policy, documents, 600):
-            logp, _ = policy.score(row)
-            J = J + dirl.eq8(logp, None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
-    return *(gradient(toy, x) for x in (exact, normaliser * J, every)), sizes
+    """Of each of two prompts: every trajectory, with its probability p (differentiable), the reward, |τ|, its document,
+    and `every`, Σ over its paths of p times the log-probability of all candidates drawn, rejected ones too."""
+    policy, rewards = toy_policy(), torch.randn(27, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    tables = []
+    for prompt in torch.tensor([[0, 2, 1], [1, 1, 2]]):
+        found = {}
+        for p, output, steps, log_p in every_path(policy, prompt, rule):
+            entry = found.setdefault((*output.tolist(), *steps.tolist()), [0.0, 0.0, output, steps])
+            entry[0], entry[1] = entry[0] + p, entry[1] + p.detach() * log_p
+        p, every, output, steps = zip(*found.values())
+        tables.append(SimpleNamespace(
+            p=torch.stack(p), every=torch.stack(every), r=torch.stack([rewards[o @ torch.tensor([1, 3, 9])] for o in output]),
+            size=torch.stack([s.max() for s in steps]).double(), steps=steps,
+            documents=[dirl.trajectory_document(prompt, o, s, 3, 3) for o, s in zip(output, steps)]))
+        assert abs(float(tables[-1].p.detach().sum()) - 1) < 1e-12
+    return policy, tables
+
+
+def dipo_gradient(policy, tables, coefficients):
+    """Gradient of Eq. 8 where trajectory i of a prompt's table enters with a factor: [prompts] of [trajectories]."""
+    documents = [d | {"A": torch.ones(3, dtype=torch.float64), "w": factor.expand(3)}
+                 for table, factors in zip(tables, coefficients) for d, factor in zip(table.documents, factors)]
+    J = 0.0
+    for row in dirl.make_rows(policy, documents, 600):
+        J = J + dirl.eq8(policy.score(row)[0], None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
+    return gradient(policy.model, J)
+
+
+def in_groups(table, r, G, objective="eq6", adv_std=False, dropped=False):
+    """What a trajectory's factor is in expectation over all groups of G: the batch is every group there can be, each
+    with its probability; dropped: flat groups are sampled again, as in DAPO. [trajectories]"""
+    n, p = len(table.p), table.p.detach()
+    groups = torch.cartesian_prod(*[torch.arange(n)] * G)                                    # [n^G, G]
+    P = p[groups].prod(1)
+    if dropped:
+        P = P * (r[groups].amax(1) > r[groups].amin(1))
+        P = P / P.sum()
+    A = dirl.advantage(r[groups], adv_std)
+    w = dirl.trajectory_weights(table.size[groups], objective) * len(groups)        # its mean over groups becomes P
+    return torch.zeros(n, dtype=torch.float64).index_add(0, groups.flatten(), (P[:, None] * A * w).flatten())
+
+
+def exact_gradient(policy, tables, rewards=None):
+    """Of E[R], summed over the prompts; rewards: in place of the tables'."""
+    return gradient(policy.model, sum((t.p * (t.r if rewards is None else r)).sum()
+                                      for t, r in zip(tables, rewards or [None] * len(tables))))
+
+
+def bias(estimate, exact):
+    """What remains of the exact gradient's norm after the best scaling of the estimate: the sine of their angle."""
+    scale = (estimate @ exact) / (estimate @ estimate)
+    return float((scale * estimate - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("rule, confidence", [("sequential", "top1"), ("static", "top1"), ("dynamic", "top1"),
                                               ("static", "drawn"), ("dynamic", "drawn")])
-def test_dipo_is_unbiased_unless_a_token_is_kept_for_its_own_value(rule, confidence):
-    exact, committed, every, sizes = enumerated((rule, 1, 0.6, confidence))
+def test_unbiased_unless_a_token_is_kept_for_its_own_value(rule, confidence):
+    """With a constant baseline and normaliser."""
+    policy, tables = enumerated((rule, 1, 0.7, confidence))
+    baseline, normaliser = 0.3, 1.7
+    exact = exact_gradient(policy, tables)
+    committed = normaliser * dipo_gradient(policy, tables, [t.p.detach() * (t.r - baseline) / normaliser for t in tables])
+    every = gradient(policy.model, sum((t.every * (t.r - baseline)).sum() for t in tables))
     error = float((committed - exact).norm() / exact.norm())
-    print(f"{rule}, {confidence}: relative error of the expected gradient {error:.1e}")
+    print(f"{rule}, {confidence}: relative error of the expected gradient {error:.1e}, with rejected candidates scored too "
+          f"{float((every - exact).norm() / exact.norm()):.1e}")
     assert float((every - exact).norm() / exact.norm()) < 1e-10     # scoring rejected candidates too is always exact
     assert error < 1e-10 if confidence == "top1" else error > 0.1
+    sizes = {int((steps == s).sum()) for t in tables for steps in t.steps for s in steps.tolist()}
     assert sizes == ({1, 2, 3} if rule == "dynamic" else {1})
+
+
+@pytest.mark.parametrize("G", [2, 3])
+@pytest.mark.parametrize("objective", ["eq6", "eq7"])
+def test_unbiased_means_up_to_the_group_mean(G, objective):
+    """|τ| = 3 always: 1/|τ_i| or 1/Σ|τ_i| is a constant, and a mean that contains r_i leaves (G-1)/G of the gradient."""
+    policy, tables = enumerated(("static", 1, 0.7, "top1"))
+    exact = exact_gradient(policy, tables)
+    estimate = dipo_gradient(policy, tables, [in_groups(t, t.r, G, objective) for t in tables])
+    normaliser = {"eq6": 1 / 3, "eq7": 1 / (3 * G)}[objective]      # of each of the G trajectories
+    expected = (G - 1) / G * G * normaliser * exact
+    print(f"static, {objective}, G = {G}: relative error against (G-1)/G of the gradient "
+          f"{float((estimate - expected).norm() / expected.norm()):.1e}")
+    assert (estimate - expected).norm() < 1e-10 * expected.norm()
+
+
+def test_unbiased_no_more_where_the_length_depends_on_the_draws():
+    """The second prompt takes two decoding steps or three."""
+    policy, (one, two) = enumerated(("dynamic", 1, 0.7, "top1"))
+    assert set(one.size.tolist()) == {1} and set(two.size.tolist()) == {2, 3}
+    exact, p, errors = exact_gradient(policy, [two]), two.p.detach(), {}
+    for name, factors in (("a constant", p * two.r), ("1/|τ_i|, constant baseline", p * (two.r - 0.3) / two.size),
+                          *((f"{w}, group mean, G = {G}", in_groups(two, two.r, G, objective))
+                            for w, objective in (("1/|τ_i|", "eq6"), ("1/Σ|τ_i|", "eq8")) for G in (2, 4))):
+        errors[name] = bias(dipo_gradient(policy, [two], [factors]), exact)
+        print(f"dynamic, top1, weighted by {name}: relative error after the best scaling {errors[name]:.1e}")
+    constant, eq6, *eq6_groups, eq8_of_two, eq8_of_four = errors.values()
+    assert constant < 1e-10 and min(eq6, *eq6_groups, eq8_of_two) > 0.02
+    assert eq8_of_four < 0.6 * eq8_of_two                           # the sum over a group hardly depends on one of it
+
+
+@pytest.mark.parametrize("name", ["--adv-std", "flat groups sampled again"])
+def test_unbiased_for_another_average_of_the_prompts(name):
+    """Right or wrong answers: dividing by the group's standard deviation, and sampling again where a group is flat, leave
+    each prompt's gradient exact in direction and weigh the prompts anew, by their rate of right answers."""
+    policy, tables = enumerated(("static", 1, 0.7, "top1"))
+    G, rewards, scales, options = 4, [(t.r > 0.3).double() for t in tables], [], {"adv_std": name == "--adv-std"}
+    options["dropped"] = not options["adv_std"]
+
+    def A(right, others_right):                                     # of a right or wrong one beside K right others
+        mean = (right + others_right) / G
+        return 0 if mean in (0, 1) else (right - mean) / (mean * (1 - mean))**0.5
+    for t, r in zip(tables, rewards):
+        rate, exact = float((t.p.detach() * r).sum()), exact_gradient(policy, [t], [r])
+        estimate = 3 * dipo_gradient(policy, [t], [in_groups(t, r, G, "eq8", **options)])    # Eq. 8's mean: |τ| = 3
+        scales.append(float(estimate @ exact / (exact @ exact)))
+        expected = (G - 1) / G / (1 - rate**G - (1 - rate)**G)      # over the share of mixed groups
+        if name == "--adv-std":
+            expected = sum(math.comb(G - 1, K) * rate**K * (1 - rate)**(G - 1 - K) * (A(1, K) - A(0, K)) for K in range(G))
+        print(f"{name}: rate {rate:.3f} of right answers, the prompt's gradient times {scales[-1]:.4f} "
+              f"(expected {expected:.4f})")
+        assert bias(estimate, exact) < 1e-10 and abs(scales[-1] - expected) < 1e-10 and 0.05 < rate < 0.95
+    assert abs(scales[0] / scales[1] - 1) > 0.01
+    both = dipo_gradient(policy, tables, [in_groups(t, r, G, "eq8", **options) for t, r in zip(tables, rewards)])
+    error = bias(both, exact_gradient(policy, tables, rewards))
+    real = bias(dipo_gradient(policy, tables, [in_groups(t, t.r, G, "eq8", **options) for t in tables]),
+                exact_gradient(policy, tables))
+    print(f"{name}: relative error over both prompts {error:.1e}; where rewards are real numbers {real:.1e}")
+    assert error > 1e-3 and real > 1e-3
 
 
 # ---- data and reward --------------------------------------------------------------------------------------------
@@ -909,3 +1190,203 @@ def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
         accuracy.append(sum(dirl.arithmetic_reward(policy.tokenizer.decode(t.answer), truth)
                             for t, (_, _, truth) in zip(trajectories, problems)) / 256)
     assert accuracy[1] < accuracy[0] + 0.15 and accuracy[2] > accuracy[0] + 0.30
+
+
+# ---- python test_dirl.py --bench: what a forward costs ------------------------------------------------------------
+
+# Table 1's mean output lengths of DiRL-8B: MATH500 and GSM8K, with static decoding (1 token a step) and dynamic (about 2).
+TABLE_1 = {1: (1917, 707), 2: (2001, 730)}
+LAYOUTS = {"authors": "the authors' layout", "no fakes": "without fake samples", "ours": "one forward (ours)"}
+
+
+def bench_policy():
+    """A random Qwen3 in float32; on CUDA as wide as SDAR-1.7B, in bfloat16 as in training, with 8 of its 28 layers."""
+    import transformers
+    cuda = torch.cuda.is_available()
+    d, layers, heads, vocab = (2048, 8, 16, 151936) if cuda else (512, 6, 8, 4096)
+    config = dict(vocab_size=vocab, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=layers, num_attention_heads=heads,
+                  num_key_value_heads=8 if cuda else 4, head_dim=d // heads, max_position_embeddings=2**15, rope_theta=1e6)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(dirl.qwen3_config(config)).to("cuda" if cuda else "cpu").train()
+    with torch.no_grad():
+        model.lm_head.weight *= 4                                   # logits that differ by a few nats, as a trained model's
+    if cuda:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return dirl.Policy(model, None, None, 4, vocab - 1, 0, 0, 1.0)
+
+
+def bench_trajectories(lengths, per_step, scale):
+    """The trajectories of a case: "paper" has one of 1024 + 8192 tokens, "Table 1" one of MATH500's mean output length and
+    one of GSM8K's, after prompts of 200 tokens, all in 1/scale; random tokens, random order, per_step tokens a step."""
+    g, trajectories = torch.Generator().manual_seed(1), []
+    for P, L in [(1024, 8192)] if lengths == "paper" else [(200, L) for L in TABLE_1[per_step]]:
+        P, S = P // scale, (P + L) // scale // 4 * 4
+        steps = torch.zeros(S, dtype=torch.long)
+        for k in range(P // 4, S // 4):
+            order = [p for p in (torch.randperm(4, generator=g) + 4 * k).tolist() if p >= P]
+            steps[order] = torch.arange(len(order)) // per_step + 1
+        tokens = torch.randint(0, 4000, (S,), generator=g)
+        trajectories.append((tokens[:P], tokens[P:], steps[P:]))
+    return trajectories
+
+
+def authors_rows(trajectory, padded, fakes, mask_id):
+    """Rows of the authors' layout (train/dapo.py, models/sdar/modeling_sdar.py of OpenMOSS/DiRL, batch_size_lm 1): one
+    sample for each round, round s in all blocks at once, a noisy and a clean copy of the whole padded sequence; every
+    masked position goes through the vocabulary projection; rounds that did not occur are filled up to B with fake ones."""
+    prompt, output, steps = trajectory
+    tokens, P = torch.cat([prompt, output]), len(prompt)
+    step = torch.cat([torch.zeros_like(prompt), steps])
+    for s in range(1, 4 + 1 if fakes else int(steps.max()) + 1):
+        masked = step >= s
+        document = dirl.layout(tokens, torch.arange(len(tokens) // 4), torch.where(masked, mask_id, tokens).view(-1, 4), 4)
+        document["reads"] = len(tokens) + masked.nonzero()[:, 0]
+        document["target"], document["at"] = tokens[masked], masked.nonzero()[:, 0] - P      # at: which output token
+        document["kept"] = step[masked] == s
+        yield dirl.join([document], length=2 * padded)
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes: of the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bench_one(layout, lengths, per_step, scale, file):
+    """One line of the table, in a process of its own; log-probabilities and gradients go to a file."""
+    from safetensors.torch import save_file
+    policy, trajectories = bench_policy(), bench_trajectories(lengths, int(per_step), int(scale))
+    total, documents, rows = sum(len(output) for _, output, _ in trajectories), [], []
+    for i, (prompt, output, steps) in enumerate(trajectories):
+        if layout == "ours":
+            at = torch.arange(len(output))
+            document = dirl.trajectory_document(prompt, output, steps, 4, policy.mask_id)
+            documents.append(document | {"at": at, "kept": at >= 0, "which": torch.full_like(at, i)})
+        else:
+            for row in authors_rows((prompt, output, steps), (1024 + 8192) // int(scale), layout == "authors", policy.mask_id):
+                rows.append(row | {"which": torch.full_like(row["at"], i)})
+    rows += dirl.make_rows(policy, documents, 16384 // int(scale))
+    rows = [{name: x.to(policy.device) for name, x in row.items()} for row in rows]
+    A = torch.randn(len(trajectories), generator=torch.Generator().manual_seed(2)).to(policy.device) / total
+    found = [torch.zeros(len(output), device=policy.device) for _, output, _ in trajectories]
+
+    def forward_and_backward():
+        for row in rows:
+            logp, _ = policy.score(row)                             # a fake sample's is empty, its backward is not
+            (A[row["which"]] * row["kept"] * logp).sum().backward()
+            for i in row["which"].unique().tolist():
+                chosen = row["kept"] & (row["which"] == i)
+                found[i][row["at"][chosen]] = logp.detach()[chosen]
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds, before = [], peak_memory()
+    for _ in range(4):                                              # the first compiles and touches memory
+        policy.model.zero_grad()
+        start = time.perf_counter()
+        forward_and_backward()
+        seconds.append(time.perf_counter() - start)
+    save_file({name: p.grad.cpu() for name, p in policy.model.named_parameters()} | {"logp": torch.cat(found).cpu()}, file)
+    print(json.dumps({"tokens": sum(len(row["ids"]) for row in rows), "seconds": statistics.median(seconds[1:]),
+                      "gigabytes": (peak_memory() - before) / 1e9}))
+
+
+def bench():
+    from safetensors.torch import load_file
+    scale = 1 if torch.cuda.is_available() else 16
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}. Lengths of the paper / {scale}; the authors' rows padded to (1024 + 8192) / {scale}. Seconds: forward and "
+          "backward.\nMemory: the process's peak above the model. Differences: to the authors' layout.\n")
+    print(f"{'lengths':8} {'tokens/step':>11}  {'layout':22} {'forward tokens':>14} {'seconds':>8} {'ratio':>6} "
+          f"{'peak GB':>8} {'max |Δ log π|':>13} {'rel. Δ gradient':>15}")
+    for lengths, per_step in itertools.product(("paper", "Table 1"), (1, 2)):
+        first = None
+        for layout, title in LAYOUTS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                file = os.path.join(folder, "result.safetensors")
+                command = [sys.executable, __file__, "--bench-one", layout, lengths, str(per_step), str(scale), file]
+                output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+                result = json.loads(output.splitlines()[-1]) | {"tensors": load_file(file)}
+            first = first or result
+            off = {name: result["tensors"][name] - x for name, x in first["tensors"].items()}
+            gap = float(off.pop("logp").abs().max())
+            error, norm = (sum(float(tensors[name].square().sum()) for name in off)**0.5 for tensors in (off, first["tensors"]))
+            print(f"{lengths:8} {per_step:11}  {title:22} {result['tokens']:14,} {result['seconds']:8.2f} "
+                  f"{result['seconds'] / first['seconds']:6.2f} {result['gigabytes']:8.2f} {gap:13.1e} {error / norm:15.1e}",
+                  flush=True)
+
+
+# ---- python test_dirl.py --one-step: log-probabilities that are not those of the decoding -------------------------
+
+
+def one_step_document(prompt, output, steps, B, mask_id):
+    """diffu-GRPO's estimate (d1), for blocks: every token is scored as if its whole block had been committed at once."""
+    return TRAJECTORY_DOCUMENT(prompt, output, torch.ones_like(steps), B, mask_id)
+
+
+def default_run(argv):
+    """dirl.py with these flags, in this process; returns its last line."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        dirl.main(argv)
+    return printed.getvalue().splitlines()[-1]
+
+
+def one_step_errors(folder, seed):
+    """Of the committed tokens of 32 groups sampled from a checkpoint: one-step minus exact log-probability."""
+    c = flags("--seed", seed, "--prompts", 32)
+    policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+    problem, _ = dirl.rl_problems(policy, c, None)
+    _, every, _ = dirl.dynamic_sampling(policy, replace(c, max_attempts=1), problem, dirl.arithmetic_reward, 0, 10**6, {})
+    logp, gradients = [], []
+    for score_as in (TRAJECTORY_DOCUMENT, one_step_document):
+        dirl.trajectory_document, J, found = score_as, 0.0, []
+        documents = dirl.dipo_documents(policy, c, every)
+        for document in documents:
+            row = dirl.join([document])
+            value, _ = policy.score(row)
+            J = J + dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0]
+            found.append(value.detach())
+        logp.append(torch.cat(found))
+        gradients.append(gradient(policy.model, J))
+    dirl.trajectory_document = TRAJECTORY_DOCUMENT
+    steps, error = torch.cat([t.steps for group, _ in every for t in group]), (logp[1] - logp[0]).abs()
+    quantiles = error.quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
+    print("    |one-step - exact| log π: " + ", ".join(f"{name} {x:.3f}" for name, x in zip(
+        ("median", "90%", "99%", "max", "mean"), (*quantiles, float(error.max()), float(error.mean())))) + " nats")
+    print("    by decoding step: " + ", ".join(f"step {s}: {float((steps == s).double().mean()):.0%} of the tokens, mean "
+                                               f"{float(error[steps == s].mean()):.3f}" for s in steps.unique().tolist()))
+    print(f"    gradient of Eq. 7 on them: relative error {float((gradients[1] - gradients[0]).norm() / gradients[0].norm()):.2f}, "
+          f"after the best scaling {bias(gradients[1], gradients[0]):.2f}", flush=True)
+
+
+def one_step(seeds=(0, 1, 2)):
+    for seed in map(str, seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "run")
+            exact = default_run(["--seed", seed, "--out", out])
+            for stage in ("sft", "rl"):
+                print(f"seed {seed}, after {stage}:")
+                one_step_errors(os.path.join(out, stage), seed)
+            dirl.trajectory_document = one_step_document
+            approximate = default_run(["--seed", seed, "--model", os.path.join(out, "sft"), "--out", os.path.join(out, "one")])
+            dirl.trajectory_document = TRAJECTORY_DOCUMENT
+            for name, line, where in (("exact", exact, out), ("one-step", approximate, os.path.join(out, "one"))):
+                gap = max(line["logp_gap"] or 0 for line in metrics(where, "rl"))
+                print(f"seed {seed}, RL with {name} log-probabilities: {line.split('; ')[0]}; largest logp_gap {gap:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
+    parser.add_argument("--bench", action="store_true", help="the authors' layout and ours: tokens, seconds, memory")
+    parser.add_argument("--bench-one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--one-step", action="store_true", help="one-step log-probabilities against exact ones, RL with both")
+    given = parser.parse_args()
+    if given.bench:
+        bench()
+    elif given.one_step:
+        one_step()
+    elif given.bench_one:
+        bench_one(*given.bench_one)
+    else:
+        parser.print_help()
