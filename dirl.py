@@ -70,9 +70,8 @@ def strips(sees, N, device, tile=128):
 
 
 def block_mask(sees, N, device, tile=128):
-    """The mask_mod of one row as a BlockMask; N is a multiple of `tile`.
-
-    Goes by strips of `tile` queries against all keys, so that its memory is tile · N and never N · N."""
+    """The mask_mod of one row as a BlockMask; N is a multiple of `tile`. Made from strips of `tile` queries
+    against all keys, so that its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
@@ -86,8 +85,7 @@ def block_mask(sees, N, device, tile=128):
 
 
 def layout(clean, blocks, views, B):
-    """One document: the clean copy of a sequence, then views of some of its blocks as the model saw them at a
-    moment.
+    """One document: the clean copy of a sequence, then views: blocks as the model saw them at some moment.
 
     clean: [S] tokens, S a multiple of B; blocks: [V] block index of each view; views: [V, B] its tokens.
     Returns ids, pos, copy: [S + V·B]. A view has the position ids of its block, so that block = pos // B
@@ -558,16 +556,16 @@ def load_reward(c):
 
 
 def attention(module, query, key, value, mask, scaling, **unused):
-    """What Qwen3 calls: FlexAttention under a BlockMask, else SDPA under `strips`, or a mask (in decoding)."""
+    """What Qwen3 calls: FlexAttention under a BlockMask, else SDPA under `strips` or a mask (in decoding)."""
     query, key = query.to(value.dtype), key.to(value.dtype)    # autocast leaves them float32 after their norm
     if isinstance(mask, BlockMask):
         out = flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     else:                                      # under a mask, enable_gqa would leave the fast kernels on CUDA
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         parts = [(slice(None), mask)] if torch.is_tensor(mask) else mask
-        queries, sdpa = query.split(parts[0][1].shape[-2], 2), torch.nn.functional.scaled_dot_product_attention
-        out = torch.cat([sdpa(q, key[:, :, kv], value[:, :, kv], seen, scale=scaling)
-                         for q, (kv, seen) in zip(queries, parts)], 2)
+        queries = query.split(parts[0][1].shape[-2], dim=2)
+        sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling)
+        out = torch.cat([sdpa(q, key[:, :, kv], value[:, :, kv], m) for q, (kv, m) in zip(queries, parts)], 2)
     return out.transpose(1, 2), None
 
 

@@ -224,14 +224,16 @@ def test_every_token_sees_its_sequence_exactly_as_it_stood(B):
 def test_block_mask_and_strips_are_the_mask_and_attention_agrees_under_them():
     from torch.nn.attention.flex_attention import flex_attention
     g = torch.Generator().manual_seed(0)
-    trajectories = [random_trajectory(g, P, L, 4) for P, L in ((300, 200), (5, 23), (130, 46), (9, 51))]
-    row = dirl.join([dirl.trajectory_document(*t, 4, 999) for t in trajectories], length=2048)
+    first = torch.arange(124), torch.arange(132), torch.ones(132, dtype=torch.long)        # has a tile that lacks 16 pairs
+    trajectories = [first] + [random_trajectory(g, P, L, 4) for P, L in ((300, 200), (5, 23), (130, 46), (9, 51))]
+    N = 2304
+    row = dirl.join([dirl.trajectory_document(*t, 4, 999) for t in trajectories], length=N)
     sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 4)
-    mask, blocks = dense(row, 4), dirl.block_mask(sees, 2048, "cpu")
-    expanded, kinds = torch.zeros(2048, 2048, dtype=torch.bool), {"none": 256, "partial": 0, "full": 0}
+    mask, blocks = dense(row, 4), dirl.block_mask(sees, N, "cpu")
+    expanded, kinds = torch.zeros(N, N, dtype=torch.bool), {"none": 18 * 18, "partial": 0, "full": 0}
     for kind, number, index in (("partial", blocks.kv_num_blocks, blocks.kv_indices),
                                 ("full", blocks.full_kv_num_blocks, blocks.full_kv_indices)):
-        for i in range(16):
+        for i in range(18):
             for j in index[0, 0, i, :number[0, 0, i]].tolist():
                 q, kv = torch.arange(128)[:, None] + 128 * i, torch.arange(128) + 128 * j
                 assert not expanded[q, kv].any()                    # listed once
@@ -239,13 +241,14 @@ def test_block_mask_and_strips_are_the_mask_and_attention_agrees_under_them():
                 kinds[kind], kinds["none"] = kinds[kind] + 1, kinds["none"] - 1
                 assert (kind == "full") == mask[q, kv].all()  # and no tile is masked needlessly, or for nothing
                 assert mask[q, kv].any()
-    assert torch.equal(expanded, mask) and all(kinds.values())
-    q, k, v = (torch.randn(1, heads, 2048, 16, generator=g) for heads in (4, 2, 2))
+    visible = mask.view(18, 128, 18, 128).sum((1, 3))
+    assert torch.equal(expanded, mask) and all(kinds.values()) and (visible == 128 * 128 - 16).any()
+    q, k, v = (torch.randn(1, heads, N, 16, generator=g) for heads in (4, 2, 2))
     fast = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
     slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     assert (fast - slow).abs().max() < 1e-5
     for tile in (128, 100):                                         # a last strip that is shorter, too
-        in_strips, _ = dirl.attention(None, q, k, v, dirl.strips(sees, 2048, "cpu", tile), 0.25)
+        in_strips, _ = dirl.attention(None, q, k, v, dirl.strips(sees, N, "cpu", tile), 0.25)
         assert (in_strips.transpose(1, 2) - slow).abs().max() < 1e-5
 
 
@@ -619,6 +622,7 @@ def test_unbiased_kl_term():
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()
     expected = (log_pi.exp().detach() * dirl.kl_k3(log_pi, log_ref)).sum()       # E over tokens drawn from π_θ
     k3 = (log_ref - log_pi).exp() - 1 - (log_ref - log_pi)                       # without the factor before it
+    assert torch.allclose(dirl.kl_k3(log_pi, log_ref), k3) and (k3 >= 0).all()    # a token's value is k3's
     plain, reverse = (log_pi.exp().detach() * k3).sum(), (log_ref.exp() * (log_ref - log_pi)).sum()
     ours, right, k3s, wrong = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (expected, exact, plain, reverse))
     assert torch.allclose(exact, expected) and torch.allclose(exact, plain)                  # the value is the same
@@ -1324,56 +1328,51 @@ def one_step_document(prompt, output, steps, B, mask_id):
     return TRAJECTORY_DOCUMENT(prompt, output, torch.ones_like(steps), B, mask_id)
 
 
-def default_run(argv):
-    """dirl.py with these flags, in this process; returns its last line."""
+def last_line(*argv):
+    """Of dirl.py with these flags, in this process."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        dirl.main(argv)
-    return printed.getvalue().splitlines()[-1]
+        dirl.main([str(x) for x in argv])
+    return printed.getvalue().splitlines()[-1].split("; ")[0]
 
 
-def one_step_errors(folder, seed):
-    """Of the committed tokens of 32 groups sampled from a checkpoint: one-step minus exact log-probability."""
-    c = flags("--seed", seed, "--prompts", 32)
+def one_step_errors(folder, seed, rule):
+    """Of the committed tokens of 32 groups sampled from a checkpoint: one-step against exact log-probabilities."""
+    c = replace(flags("--seed", seed, "--prompts", 32, "--unmask", rule), max_attempts=1)
     policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
-    problem, _ = dirl.rl_problems(policy, c, None)
-    _, every, _ = dirl.dynamic_sampling(policy, replace(c, max_attempts=1), problem, dirl.arithmetic_reward, 0, 10**6, {})
+    _, groups, _ = dirl.dynamic_sampling(policy, c, dirl.rl_problems(policy, c, None)[0], dirl.arithmetic_reward, 0, 10**6, {})
     logp, gradients = [], []
     for score_as in (TRAJECTORY_DOCUMENT, one_step_document):
-        dirl.trajectory_document, J, found = score_as, 0.0, []
-        documents = dirl.dipo_documents(policy, c, every)
-        for document in documents:
-            row = dirl.join([document])
-            value, _ = policy.score(row)
-            J = J + dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0]
-            found.append(value.detach())
-        logp.append(torch.cat(found))
+        dirl.trajectory_document = score_as
+        rows = [dirl.join([document]) for document in dirl.dipo_documents(policy, c, groups)]
+        dirl.trajectory_document = TRAJECTORY_DOCUMENT
+        values = [policy.score(row)[0] for row in rows]
+        J = sum(dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0] for value, row in zip(values, rows))
+        logp.append(torch.cat(values).detach())
         gradients.append(gradient(policy.model, J))
-    dirl.trajectory_document = TRAJECTORY_DOCUMENT
-    steps, error = torch.cat([t.steps for group, _ in every for t in group]), (logp[1] - logp[0]).abs()
-    quantiles = error.quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
-    print("    |one-step - exact| log π: " + ", ".join(f"{name} {x:.3f}" for name, x in zip(
-        ("median", "90%", "99%", "max", "mean"), (*quantiles, float(error.max()), float(error.mean())))) + " nats")
-    print("    by decoding step: " + ", ".join(f"step {s}: {float((steps == s).double().mean()):.0%} of the tokens, mean "
-                                               f"{float(error[steps == s].mean()):.3f}" for s in steps.unique().tolist()))
+    steps, error = torch.cat([t.steps for group, _ in groups for t in group]), (logp[1] - logp[0]).abs()
+    for s in steps.unique().tolist():
+        e = error[steps == s]
+        print(f"    committed at step {s}: {len(e) / len(error):4.0%} of the tokens; |one-step - exact| log π in nats: "
+              f"mean {e.mean():.3f}, median {e.median():.3f}, 90% {e.quantile(0.9):.3f}, max {e.max():.3f}")
     print(f"    gradient of Eq. 7 on them: relative error {float((gradients[1] - gradients[0]).norm() / gradients[0].norm()):.2f}, "
           f"after the best scaling {bias(gradients[1], gradients[0]):.2f}", flush=True)
 
 
-def one_step(seeds=(0, 1, 2)):
-    for seed in map(str, seeds):
+def one_step():
+    for seed, rule in itertools.product((0, 1, 2), ("dynamic", "static")):
         with tempfile.TemporaryDirectory() as folder:
-            out = os.path.join(folder, "run")
-            exact = default_run(["--seed", seed, "--out", out])
-            for stage in ("sft", "rl"):
-                print(f"seed {seed}, after {stage}:")
-                one_step_errors(os.path.join(out, stage), seed)
-            dirl.trajectory_document = one_step_document
-            approximate = default_run(["--seed", seed, "--model", os.path.join(out, "sft"), "--out", os.path.join(out, "one")])
+            out = {name: os.path.join(folder, name) for name in ("exact", "one-step")}
+            last_line("--stage", "sft", "--seed", seed, "--out", out["exact"])
+            sft = os.path.join(out["exact"], "sft")
+            print(f"seed {seed}, --unmask {rule}, trajectories of the model after SFT")
+            one_step_errors(sft, seed, rule)
+            for name, score_as in (("exact", TRAJECTORY_DOCUMENT), ("one-step", one_step_document)):
+                dirl.trajectory_document = score_as
+                line = last_line("--seed", seed, "--unmask", rule, "--model", sft, "--out", out[name])
+                gap = max(line["logp_gap"] or 0 for line in metrics(out[name], "rl"))
+                print(f"    RL with {name} log-probabilities: {line}, largest logp_gap {gap:.1e}", flush=True)
             dirl.trajectory_document = TRAJECTORY_DOCUMENT
-            for name, line, where in (("exact", exact, out), ("one-step", approximate, os.path.join(out, "one"))):
-                gap = max(line["logp_gap"] or 0 for line in metrics(where, "rl"))
-                print(f"seed {seed}, RL with {name} log-probabilities: {line.split('; ')[0]}; largest logp_gap {gap:.1e}", flush=True)
 
 
 if __name__ == "__main__":
