@@ -7,7 +7,7 @@
     python dirl.py --help                                                     the flags, the paper's values
 
 The paper stands above the cut line, in the order of its equations, as functions on plain tensors that import
-only torch. The machinery that feeds them stands below it.
+only torch. The machinery stands below it; rollouts run on stock LMDeploy or on this file's own sampler.
 
     Eq. 1-2, Fig. 4b   who sees whom, what one forward holds        mask_mod, layout, join
     Eq. 2              log π_θ, the one definition of the policy    log_policy, log_probs
@@ -36,7 +36,7 @@ Departures: where the paper is silent or contradicts itself, this file chooses.
   - KL is estimated by k3 times π_θ/sg[π_θ]: its expected gradient is that of KL(π_θ‖π_ref), the printed one;
     the gradient of plain k3 is that of KL(π_ref‖π_θ).
   - [MASK] is never sampled and has probability 0 in the score; the temperature applies to both; there is no
-    top-k and no top-p.
+    top-k and no top-p. Both engines draw and commit by the functions of section 5.1 below.
   - The tokens after the stop token in the last block belong to the trajectory: the model drew them.
   - A step with fewer mixed groups than --prompts after --max-attempts rounds trains on those it has. Groups
     of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them.
@@ -301,6 +301,7 @@ def unmask(log_pi, token, masked, rule, tokens_per_step, threshold, confidence):
 # ================================================ cut line ==================================================
 # Above: the paper. Below: the machinery.
 import argparse
+import asyncio
 import functools
 import hashlib
 import importlib
@@ -311,6 +312,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -352,6 +354,10 @@ class Config:
                            ("top1", "drawn"))
     temperature: float = flag(1.0, "of the policy, as sampled and as scored", "1.0", least=1e-3)
     slots: int = flag(None, "sequences decoded at once", least=1)
+    engine: str = flag(None, "of rollouts; for a checkpoint on a GPU lmdeploy, else torch", "lmdeploy",
+                       ("torch", "lmdeploy"))
+    engine_memory: float = flag(0.4, "lmdeploy: share of the free GPU memory for its KV cache", least=0.01)
+    max_logp_gap: float = flag(0.1, "stop where sampler and trainer differ by more, mean |Δ log π|", least=0)
     objective: str = flag("eq8", "DiPO: Eq. 6, 7 or 8", "eq8", ("eq6", "eq7", "eq8"))
     count: str = flag("steps", "|τ|: decoding steps, or output tokens", "steps", ("steps", "tokens"))
     eps: float = flag(0.2, "ε of C_ε", "0.2", least=0)
@@ -413,6 +419,11 @@ def configure(given, stage):
     c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
     if c.beta > 0 and c.objective == "eq8":
         fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
+    c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
+    if stage == "rl" and c.engine == "lmdeploy" and not lmdeploy_runs():
+        fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
+    if c.engine_memory > 0.95:
+        fail(f"--engine-memory {c.engine_memory}: a share of the free memory, at most 0.95")
     if c.model == "tiny":
         c.block_size = c.block_size or 4
         check_block(c, c.block_size)
@@ -435,10 +446,17 @@ def check_block(c, B):
         fail(f"--tokens-per-step {c.tokens_per_step}: must divide the block size {B}")
 
 
+def lmdeploy_runs():
+    return torch.cuda.is_available()
+
+
+def seed_of(*key):
+    """53 bits for a (seed, stage, step, prompt, sample): no draw hangs on global state."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 11
+
+
 def generator(*key):
-    """The random generator of a (seed, stage, step, prompt, sample): no draw hangs on global state."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 # ---- 2. Data and reward ------------------------------------------------------------------------------------
@@ -611,6 +629,11 @@ class Policy:
         weight = self.model.lm_head.weight                                              # [vocab, d]
         return log_probs(hidden, weight, row["target"], self.temperature, self.mask_id)
 
+    def named_weights(self):
+        """(name in the checkpoint, tensor) of all weights, one at a time."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
     def prompt(self, messages):
         """Token ids of the messages in the chat template, up to where the assistant speaks."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -764,6 +787,33 @@ class Trajectory:
     decoding_steps: int          # of all its blocks, |τ|
 
 
+def uniform(seed, position, left):
+    """The u ∈ [0, 1) to draw the token at `position` [n, B] with while `left` [n] tokens of its block are
+    masked: splitmix64 of the two and the trajectory's seed [n], int64 wrapping around. [n, B] float64."""
+    x = seed[:, None] + position * -0x61C8864680B583EB + left[:, None] * -0x2E99A7B4E3D5F9C1
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift & 2**(64 - shift) - 1)) * factor
+    return (x >> 11 & 2**53 - 1).double() * 2.0**-53
+
+
+def denoise(logits, masked, position, seed, temperature, mask_id, c):
+    """One decoding step of n blocks: the token drawn at each position, whether it is committed, its log π:
+    [n, B] each. logits: [n, B, vocab]; masked, position: [n, B]; seed: [n], -1 for the likeliest tokens."""
+    log_pi = log_policy(logits, temperature, mask_id)                                   # [n, B, vocab]
+    token = draw(log_pi, uniform(seed, position, masked.sum(1)))
+    token = torch.where(seed[:, None] < 0, log_pi.argmax(-1), token)                    # [n, B]
+    new = unmask(log_pi, token, masked, c.unmask, c.tokens_per_step, c.threshold, c.confidence)
+    return token, new, log_pi.gather(-1, token[..., None])[..., 0]
+
+
+def trajectory(prompt, output, steps, logp, policy, c):
+    """The Trajectory of an output of whole blocks."""
+    stops = torch.isin(output[:c.max_new_tokens], policy.stop_ids).nonzero()[:, 0].tolist()
+    answer = output[:stops[0] if stops else c.max_new_tokens]
+    blocks = torch.cat([torch.zeros_like(prompt), steps]).view(-1, policy.B)            # [K, B]
+    return Trajectory(prompt, output, steps, logp, answer, bool(stops), int(blocks.max(1).values.sum()))
+
+
 class BlockCache:
     """Keys and values, one slot a position. Every pass over a block overwrites its slots and the last one
     leaves those of its clean tokens; until then nobody but the block itself looks at them."""
@@ -787,14 +837,14 @@ class BlockCache:
 def rollout(policy, prompts, keys, c, greedy=False):
     """One trajectory for each prompt (token ids) and key (of its generator), --slots of them at a time."""
     policy.model.eval()
-    trajectories = []
+    seeds, trajectories = [-1 if greedy else seed_of(*key) for key in keys], []
     for i in range(0, len(prompts), c.slots):
-        trajectories += decode(policy, prompts[i:i + c.slots], keys[i:i + c.slots], c, greedy)
+        trajectories += decode(policy, prompts[i:i + c.slots], seeds[i:i + c.slots], c)
     policy.model.train()
     return trajectories
 
 
-def decode(policy, prompts, keys, c, greedy):
+def decode(policy, prompts, seeds, c):
     """Block diffusion decoding of a batch; each sequence is at a block and a step of its own, and ends after
     the first whole block that holds a stop token or brings its output to max_new_tokens."""
     B, n, device = policy.B, len(prompts), policy.device
@@ -805,9 +855,7 @@ def decode(policy, prompts, keys, c, greedy):
     for i, prompt in enumerate(prompts):
         tokens[i, :len(prompt)] = torch.tensor(prompt, device=device)
     steps, logp = torch.zeros_like(tokens), torch.zeros(n, len(slot), device=device)    # [n, slots]
-    shape = int((end - first).max()), B, B                                             # block, step, position
-    u = [torch.rand(shape, generator=generator(*key), dtype=torch.float64) for key in keys]
-    u = torch.stack(u).to(device)
+    seeds = torch.tensor(seeds, device=device)                                          # [n]
     is_output, stop_ids, cache = slot >= P[:, None], policy.stop_ids.to(device), BlockCache(len(slot))
 
     def forward(rows, pos):                                                             # [m], [m, T]
@@ -822,16 +870,12 @@ def decode(policy, prompts, keys, c, greedy):
         pos = k[:, None] * B + slot[:B]                                                 # [m, B]
         at = live[:, None], pos
         masked = tokens[at] == policy.mask_id
-        hidden = forward(live, pos)
-        logits = hidden @ policy.model.lm_head.weight.T
-        log_pi = log_policy(logits, policy.temperature, policy.mask_id)                 # [m, B, vocab]
-        uniform = u[live, k - first[live], s.clamp_max(B - 1)]                          # [m, B]
-        token = log_pi.argmax(-1) if greedy else draw(log_pi, uniform)
-        new = unmask(log_pi, token, masked, c.unmask, c.tokens_per_step, c.threshold, c.confidence)
+        logits = forward(live, pos) @ policy.model.lm_head.weight.T
+        token, new, log_pi = denoise(logits, masked, pos, seeds[live], policy.temperature, policy.mask_id, c)
         s = s + 1
         tokens[at] = torch.where(new, token, tokens[at])
         steps[at] = torch.where(new, s[:, None], steps[at])
-        logp[at] = torch.where(new, log_pi.gather(-1, token[..., None])[..., 0], logp[at])
+        logp[at] = torch.where(new, log_pi, logp[at])
         # A whole block gets one more pass, for its clean keys and values, unless it was the last.
         stopped = (torch.isin(tokens[at], stop_ids) & is_output[at]).any(1)
         ended = (masked == new).all(1) & (stopped | (k + 1 == end[live]))
@@ -840,21 +884,264 @@ def decode(policy, prompts, keys, c, greedy):
         if ended.any():
             live, k, s = live[~ended], k[~ended], s[~ended]
             cache.keep(~ended)
-    columns = zip(tokens.cpu(), steps.cpu(), logp.cpu(), P.tolist())
-    return [trajectory(*column, policy, c) for column in columns]
+    tokens, steps, logp = tokens.cpu(), steps.cpu(), logp.cpu()
+    S = [int(x.nonzero().max()) + 1 for x in steps]                    # a slot never decoded has step 0
+    return [trajectory(tokens[i, :p], tokens[i, p:S[i]], steps[i, p:S[i]], logp[i, p:S[i]], policy, c)
+            for i, p in enumerate(P.tolist())]
 
 
-def trajectory(tokens, steps, logp, P, policy, c):
-    """The Trajectory in the slots of one sequence; a slot that was never decoded has step 0."""
-    S = int(steps.nonzero().max()) + 1
-    output = tokens[P:S]
-    stops = torch.isin(output[:c.max_new_tokens], policy.stop_ids).nonzero()[:, 0].tolist()
-    answer = output[:stops[0] if stops else c.max_new_tokens]
-    decoding_steps = int(steps[:S].view(-1, policy.B).max(1).values.sum())
-    return Trajectory(tokens[:P], output, steps[P:S], logp[P:S], answer, bool(stops), decoding_steps)
+class TorchEngine:
+    """Rollouts by `rollout`, on the trainer's own weights: nothing to update, nothing to put to sleep."""
+
+    def __init__(self, policy, c):
+        self.policy, self.c = policy, c
+
+    def generate(self, prompts, keys, greedy=False):
+        return rollout(self.policy, prompts, keys, self.c, greedy)
+
+    def sleep(self):
+        pass
+
+    def update_weights(self):
+        pass
+
+    def close(self):
+        pass
 
 
-# ---- 5. What both training loops use -----------------------------------------------------------------------
+# ---- 5. Rollout: LMDeploy ----------------------------------------------------------------------------------
+
+
+def hook_lmdeploy(policy, c, requests, finished):
+    """Our policy in stock LMDeploy, at one patch point: the class returned here takes the place of
+    lmdeploy.pytorch.strategies.dllm.DLLMStrategyFactory, which an engine looks up while it is built.
+
+    LMDeploy schedules, batches, runs the model and keeps its cache; what becomes of the logits, `denoise`
+    decides, as in `decode`. So the faults of its sampler do not matter: it gives row r the parameters of
+    request r % n, so that rollouts of one prompt come out equal, and all tokens of a block one random number.
+    requests: {session id: (seed, temperature)}; finished: {session id: (output, steps, logp)}."""
+    from lmdeploy.pytorch.consts import DLLM_CACHED, DLLM_MASKED, DLLM_UNMASKED
+    from lmdeploy.pytorch.strategies import dllm
+    from lmdeploy.pytorch.strategies.dllm import model_agent, sequence, step_inputs
+    for owner, names in (
+            (model_agent.DLLMModelAgentStrategy, "make_extra_inputs slice_extra_inputs post_sampling"),
+            (step_inputs.DLLMStepInputs, "merge_prefill reindex step_decode"),
+            (sequence.DLLMSequenceStrategy, "make_sequence update_running"),
+            (sequence.SchedulerSequenceDLLM, "_update_token_ids_decode set_stop_pos")):
+        for name in names.split():
+            getattr(owner, name)                   # what we override must be there, or ours is never called
+
+    @dataclass
+    class ExtraInputs(model_agent.DLLMExtraInputs):
+        request: torch.Tensor = None               # [n, 2] float64: seed, temperature
+        logp: torch.Tensor = None                  # [n, B] of the forward just done
+
+    @dataclass
+    class ExtraOutputs(model_agent.DLLMExtraOutputs):
+        logp: torch.Tensor = None                  # goes to the scheduler with dllm_mask
+
+    class StepInputs(step_inputs.DLLMStepInputs):
+        """The decoding batch on the device; each row keeps its request."""
+        def keep(self, request):
+            self.extra_inputs = ExtraInputs(self.extra_inputs.dllm_mask, request)
+
+        def merge_prefill(self, inputs, extra_inputs, *rest):
+            before = [] if self.model_inputs is None else [self.extra_inputs.request]
+            super().merge_prefill(inputs, extra_inputs, *rest)
+            self.keep(torch.cat([*before, extra_inputs.request]))
+
+        def reindex(self, delta):
+            request = self.extra_inputs.request[delta.indices]
+            super().reindex(delta)
+            self.keep(request)
+
+        def step_decode(self, inputs, extra_inputs, *rest):
+            super().step_decode(inputs, extra_inputs, *rest)
+            self.keep(extra_inputs.request)
+
+    class AgentStrategy(model_agent.DLLMModelAgentStrategy):
+        """Before and after every forward, on the device."""
+        def make_extra_inputs(self, seqs, model_inputs):
+            request = torch.tensor([requests[seq.session_id] for seq in seqs], dtype=torch.float64)
+            return ExtraInputs(super().make_extra_inputs(seqs, model_inputs).dllm_mask, request)
+
+        def slice_extra_inputs(self, extra_inputs, *rest, **more):
+            sliced = super().slice_extra_inputs(extra_inputs, *rest, **more)
+            return ExtraInputs(sliced.dllm_mask, extra_inputs.request)
+
+        def post_sampling(self, inputs, logits, next_token_ids, extra_inputs):
+            B = self.block_size
+            ids = self.slice_outputs(inputs.input_ids.flatten(), inputs.seq_length).view(-1, B)       # [n, B]
+            state = extra_inputs.dllm_mask.view(-1, B)
+            masked, whole = state == DLLM_MASKED, (state == DLLM_UNMASKED).all(1, keepdim=True)
+            start = inputs.history_lengths + inputs.seq_length - B                      # [n] of the block
+            position = start[:, None] + torch.arange(B, device=start.device)
+            seed, temperature = extra_inputs.request.unbind(1)
+            token, new, logp = denoise(logits.view(len(ids), B, -1), masked, position, seed.long(),
+                                       temperature[:, None, None], policy.mask_id, c)
+            state = torch.where(new, DLLM_UNMASKED, torch.where(whole, DLLM_CACHED, state))
+            extra_inputs = ExtraInputs(state.flatten(), extra_inputs.request, logp)
+            return torch.where(new, token, ids).flatten(), extra_inputs
+
+        def make_extra_outputs(self, extra_inputs):
+            return ExtraOutputs(extra_inputs.dllm_mask, extra_inputs.logp)
+
+    class Sequence(sequence.SchedulerSequenceDLLM):
+        """One request, in the scheduler; forward_logp [B] is set before every update."""
+        def _update_token_ids_inputs(self, token_ids, dllm_mask):
+            super()._update_token_ids_inputs(token_ids, dllm_mask)
+            self.output_start_pos = self.input_end_pos         # stock: the padded prompt's end, and a stop
+            self.steps, self.logp = {}, {}                     # token in the block it begins was missed
+
+        def _update_token_ids_decode(self, token_ids, dllm_mask):
+            span = range(self.num_history_ids, self.num_history_ids + len(dllm_mask))
+            before = self.history_dllm_mask[span.start:span.stop]
+            step = 1 + max(self.steps.get(p, 0) for p in span)
+            for i in ((before == DLLM_MASKED) & (dllm_mask != DLLM_MASKED)).nonzero()[0].tolist():
+                self.steps[span[i]], self.logp[span[i]] = step, self.forward_logp[i]
+            super()._update_token_ids_decode(token_ids, dllm_mask)
+
+        def set_stop_pos(self, pos):                           # once, at the end, the last block still whole
+            span = range(self.input_end_pos, self.num_history_ids + self.dllm_block_length)
+            finished[self.session_id] = (self.history_cache[span.start:span.stop].tolist(),
+                                         [self.steps[p] for p in span], [self.logp[p] for p in span])
+            super().set_stop_pos(pos)
+
+    class SequenceStrategy(sequence.DLLMSequenceStrategy):
+        def make_sequence(self, **request):
+            return Sequence(**request)
+
+        def update_running(self, running, batched_outputs, **rest):
+            for seq, logp in zip(running, batched_outputs.extra_outputs.logp.tolist()):
+                seq.forward_logp = logp
+            super().update_running(running, batched_outputs, **rest)
+
+    class Factory(dllm.DLLMStrategyFactory):
+        def __init__(self, model_config, dllm_config):
+            model_config.dllm_mask_token = policy.mask_id      # stock: 151669, whatever config.json says
+            super().__init__(model_config, dllm_config)
+
+        def build_sequence_strategy(self):
+            return SequenceStrategy(self.dllm_block_length, policy.mask_id)
+
+        def build_model_agent_strategy(self):
+            return AgentStrategy(self.dllm_config, policy.mask_id)
+
+        def build_step_inputs(self):
+            return StepInputs(_block_size=self.dllm_block_length, _dllm_mask_token=policy.mask_id)
+    return Factory
+
+
+class LMDeployEngine:
+    """LMDeploy's PyTorch engine in this process, on this rank's GPU, its loop in a thread of its own.
+
+    Token ids in, trajectories out; `sleep` frees its memory for training, `update_weights` wakes it up."""
+    tested = ("0.18.0",)
+
+    def __init__(self, policy, c, **options):
+        os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")      # the check would start this script again
+        self.policy, self.c, self.requests, self.finished = policy, c, {}, {}
+        self.asleep, self.session_len = False, -(-(c.max_length + c.max_new_tokens) // policy.B) * policy.B
+        try:
+            import lmdeploy
+            from lmdeploy.pytorch.engine import Engine
+            from lmdeploy.pytorch.strategies import dllm
+            stock, hooked = dllm.DLLMStrategyFactory, hook_lmdeploy(policy, c, self.requests, self.finished)
+        except (ImportError, AttributeError) as error:
+            fail(f"--engine lmdeploy: {error}; pip install lmdeploy=={self.tested[-1]}, or --engine torch")
+        if lmdeploy.__version__ not in self.tested:
+            print(f"warning: lmdeploy {lmdeploy.__version__} is untested: {self.tested} are", file=sys.stderr)
+        lmdeploy.utils.get_logger("lmdeploy").setLevel("ERROR")
+        from transformers import AutoConfig, Qwen3Config
+        AutoConfig.register("sdar", type("SDARConfig", (Qwen3Config,), {"model_type": "sdar"}), exist_ok=True)
+        dllm.DLLMStrategyFactory = hooked
+        settings = dict(dtype="bfloat16", dllm_block_length=policy.B, session_len=self.session_len,
+                        max_batch_size=c.slots, cache_max_entry_count=c.engine_memory, enable_metrics=False)
+        config = lmdeploy.PytorchEngineConfig(**settings | options)     # no prefix cache: it outlives updates
+        self.engine = Engine.from_pretrained(policy.folder, config)
+        dllm.DLLMStrategyFactory = stock
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        if torch.cuda.is_available():
+            self.call(torch.cuda.set_device, torch.cuda.current_device())      # a thread has its own
+        self.call(self.engine.start_loop)
+        self.instance, self.sessions = self.engine.create_instance(), itertools.count()
+        self.update_weights()
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def call(self, function, *args):
+        async def in_the_loop():
+            return function(*args)
+        return self.run(in_the_loop())
+
+    def generate(self, prompts, keys, greedy=False):
+        """One trajectory for each prompt (token ids) and key, in their order; raises if one of them fails."""
+        from lmdeploy import GenerationConfig
+        policy, c, n = self.policy, self.c, len(prompts)
+        asked = GenerationConfig(max_new_tokens=c.max_new_tokens, stop_token_ids=policy.stop_ids.tolist(),
+                                 temperature=1.0, top_k=1)         # the cheapest: its samples are not used
+
+        async def one(i):
+            prompt, session, status = prompts[i], next(self.sessions), "too long"
+            self.requests[session] = -1 if greedy else seed_of(*keys[i]), policy.temperature
+            if len(prompt) + c.max_new_tokens <= self.session_len:
+                stream = self.instance.async_stream_infer(session, list(prompt), gen_config=asked)
+                async for response in stream:
+                    status = response.status
+            del self.requests[session]
+            if session not in self.finished:
+                raise RuntimeError(f"LMDeploy, request {i} of {n}, prompt of {len(prompt)} tokens: {status}")
+            output, steps, logp = map(torch.tensor, self.finished.pop(session))
+            return trajectory(torch.tensor(prompt), output, steps, logp, policy, c)
+
+        async def every():
+            return await asyncio.gather(*map(one, range(n)))
+        return self.run(every())
+
+    def sleep(self):
+        """Free weights and cache."""
+        self.run(self.engine.sleep(2))
+        self.asleep = True
+
+    def update_weights(self):
+        """Fig. 3's (6): the trainer's weights, one at a time, into the engine's own; some are read back."""
+        from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
+        agent, last = self.engine.executor.model_agent, self.policy.model.config.num_hidden_layers - 1
+        read_back = ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight",
+                     f"model.layers.{last}.mlp.down_proj.weight", "model.norm.weight")
+        if self.asleep:
+            self.call(self.engine.wakeup, ["weights"])
+        model = agent.patched_model.get_model()                      # another one after every wakeup
+        for name, tensor in self.policy.named_weights():
+            with agent.all_context():
+                model.load_weights([(name, tensor)])
+                taken = model.get_parameter(name) if name in read_back else None
+                if taken is not None and not torch.equal(taken, tensor.to(taken.dtype)):
+                    raise RuntimeError(f"LMDeploy did not take the new {name}")
+        with agent.all_context():
+            process_weights_after_loading(model)
+        if self.asleep:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            self.call(self.engine.wakeup, ["kv_cache"])
+        self.asleep = False
+
+    def close(self):
+        async def stop():
+            self.engine.stop()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.run(stop())
+        self.engine.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+# ---- 6. What both training loops use -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -944,7 +1231,7 @@ def announce(c, config):
           f"{gigabytes:.1f} GB of memory", flush=True)
 
 
-# ---- 6. The SFT loop ---------------------------------------------------------------------------------------
+# ---- 7. The SFT loop ---------------------------------------------------------------------------------------
 
 
 def train_sft(policy, c, example):
@@ -971,10 +1258,10 @@ def train_sft(policy, c, example):
         write_metrics(c, line | {"forward_tokens": sum(len(row["ids"]) for row in rows)}, seconds)
 
 
-# ---- 7. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
+# ---- 8. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
 
 
-def dynamic_sampling(policy, c, problem, reward, step, position, seconds):
+def dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds):
     """DAPO: roll out groups until --prompts of them are mixed (their rewards differ) or --max-attempts rounds
     are over.
 
@@ -987,8 +1274,8 @@ def dynamic_sampling(policy, c, problem, reward, step, position, seconds):
             # (1) fetch prompts, (2) iterate over them
             fetched = [problem(i) for i in indices]                           # (prompt ids, truth, question)
             # (3) request, (4) rollout
-            flat = rollout(policy, [prompt for prompt, *_ in fetched for _ in range(c.group_size)],
-                           [(c.seed, "rl", step, i, g) for i in indices for g in range(c.group_size)], c)
+            flat = engine.generate([prompt for prompt, *_ in fetched for _ in range(c.group_size)],
+                                   [(c.seed, "rl", step, i, g) for i in indices for g in range(c.group_size)])
         with clock(seconds, "seconds_reward"):
             for j, (_, truth, _) in enumerate(fetched):
                 group = flat[j * c.group_size:(j + 1) * c.group_size]
@@ -1027,13 +1314,14 @@ def rollout_metrics(mixed, every):
             "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
 
 
-def train_rl(policy, reference, c, problem, reward):
+def train_rl(policy, reference, engine, c, problem, reward):
     """DiPO on problem(i) → (prompt ids, truth, question). Returns the mean reward of every step."""
     optimizer, position, rewards, idle = make_optimizer(policy, c), 0, [], 0
     for step in (bar := tqdm(range(1, c.steps + 1), desc="rl")):
         seconds, start = {}, time.perf_counter()
         # (1)-(4) prompts, rollouts, rewards
-        mixed, every, position = dynamic_sampling(policy, c, problem, reward, step, position, seconds)
+        mixed, every, position = dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds)
+        engine.sleep()
         line = {"stage": "rl", "step": step, "loss": None, "lr": learning_rate(c, step), "grad_norm": None}
         line |= rollout_metrics(mixed, every) | dict.fromkeys(("kl", "entropy", "clip_fraction", "logp_gap"))
         rows = make_rows(policy, dipo_documents(policy, c, mixed), c.max_tokens) if mixed else []
@@ -1068,10 +1356,15 @@ def train_rl(policy, reference, c, problem, reward):
             line["loss"], line["entropy"], kl, gap, clipped, ratios = total.tolist()
             line |= {"kl": kl if reference else None, "clip_fraction": clipped / ratios}
             line["logp_gap"] = gap if update == 0 else line["logp_gap"]    # later, the trainer has moved on
-        # (6) update the rollout engine's weights: the PyTorch sampler runs on the trainer's own
+        with clock(seconds, "seconds_weights"):                                # (6)
+            engine.update_weights()
         rewards.append(line["reward"])
         bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss']:.4f}" if rows else "none")
         write_metrics(c, line, {"seconds": time.perf_counter() - start} | seconds)
+        if (line["logp_gap"] or 0) > c.max_logp_gap:
+            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
+                 f"{line['logp_gap']:.3g} on average, above --max-logp-gap {c.max_logp_gap}: their weights, "
+                 "masks or temperatures are not the same")
         idle = 0 if rows else idle + 1
         if idle == 20:
             tqdm.write("20 steps in a row without a group of unequal rewards, so nothing to learn from: try "
@@ -1079,13 +1372,13 @@ def train_rl(policy, reference, c, problem, reward):
     return rewards
 
 
-# ---- 8. The stages -----------------------------------------------------------------------------------------
+# ---- 9. The stages -----------------------------------------------------------------------------------------
 
 
-def greedy_accuracy(policy, c, problems, reward, when):
+def greedy_accuracy(policy, engine, c, problems, reward, when):
     """Mean reward of greedy answers to (prompt ids, truth, question), printed with five of them."""
     keys = [(c.seed, "eval", 0, i, 0) for i in range(len(problems))]
-    outputs = rollout(policy, [ids for ids, _, _ in problems], keys, c, greedy=True)
+    outputs = engine.generate([ids for ids, _, _ in problems], keys, greedy=True)
     answers = [policy.tokenizer.decode(t.answer) for t in outputs]
     rewards = [float(reward(answer, truth)) for answer, (_, truth, _) in zip(answers, problems)]
     print(f"{when}: greedy accuracy {sum(rewards) / len(rewards):.3f} on {len(rewards)} held-out problems")
@@ -1138,10 +1431,12 @@ def run_stage(c, folder, records, reward):
     policy = load_policy(folder, c, config)
     reference = load_policy(folder, c, config) if c.beta else None
     problem, held_out = rl_problems(policy, c, records)
-    before = greedy_accuracy(policy, c, held_out, reward, "before RL") if held_out else None
-    rewards = train_rl(policy, reference, c, problem, reward)
+    engine = {"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)
+    before = greedy_accuracy(policy, engine, c, held_out, reward, "before RL") if held_out else None
+    rewards = train_rl(policy, reference, engine, c, problem, reward)
     save_policy(policy, target)
-    after = greedy_accuracy(policy, c, held_out, reward, "after RL") if held_out else None
+    after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL") if held_out else None
+    engine.close()
     first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
     accuracy = f"greedy accuracy {before:.3f} -> {after:.3f}, " if held_out else ""
     print(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: {target}")
@@ -1162,6 +1457,8 @@ def main(argv=None):
     c = configure(given, given.stage or "rl")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("this version trains on one rank: torchrun --nproc_per_node 1 dirl.py")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     records = c.data and (read_chats if c.stage == "sft" else read_problems)(c.data)
     reward = load_reward(c) if c.stage == "rl" else None
     c.out = choose_out(c)

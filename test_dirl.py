@@ -4,6 +4,7 @@
     python -m pytest test_dirl.py
 """
 import argparse
+import asyncio
 import contextlib
 import copy
 import functools
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -677,12 +678,12 @@ def test_dynamic_sampling_drops_exactly_the_flat_groups(policies):
     def reward(answer, truth):
         calls.append(truth)
         return len(calls) % 2 if truth == "mixed" else 1.0
-    mixed, every, position = dirl.dynamic_sampling(policy, c, problem, reward, 1, 0, {})
+    mixed, every, position = dirl.dynamic_sampling(policy, dirl.TorchEngine(policy, c), c, problem, reward, 1, 0, {})
     assert asked == [0, 1, 2, 3, 4, 5] and position == 5 or asked == list(range(position))
     assert [int(g[0].prompt[0]) - 1 for g, _ in mixed] == [1, 4, 5][:len(mixed)] and len(mixed) == 3
     assert len(every) == position and all(max(r) > min(r) for _, r in mixed)
     assert sum(max(r) == min(r) for _, r in every) == len(every) - len(mixed)
-    never = dirl.dynamic_sampling(policy, c, lambda i: ([i + 1], "flat", ""), reward, 1, 7, {})
+    never = dirl.dynamic_sampling(policy, dirl.TorchEngine(policy, c), c, lambda i: ([i + 1], "flat", ""), reward, 1, 7, {})
     assert never[0] == [] and len(never[1]) == 9 and never[2] == 16         # three rounds of three, then give up
 
 
@@ -877,6 +878,303 @@ def test_unbiased_for_another_average_of_the_prompts(name):
     assert error > 1e-3 and real > 1e-3
 
 
+# ---- LMDeploy: the real engine, without its CUDA pieces where there is no GPU --------------------------------------
+
+
+class Nothing:
+    """A CUDA stream or event on a machine without CUDA: everything is done when it is asked for."""
+    def __init__(self, *args, **more):
+        pass
+
+    def query(self):
+        return True
+
+    def __getattr__(self, name):
+        return lambda *args, **more: None
+
+
+class PagedAttention:
+    """What LMDeploy's kernel computes: block-causal attention over a paged cache, one sequence after the other."""
+    def __init__(self, spec):
+        self.scale, self.B = spec.scale or spec.head_dim**-0.5, spec.block_sparse_size
+
+    def forward(self, query, key, value, key_cache, value_cache, attn_metadata, **unused):
+        page_size, out, done = key_cache.shape[1], [], 0
+        for n, kv, pages in zip(*(getattr(attn_metadata, x).tolist() for x in ("q_seqlens", "kv_seqlens", "block_offsets"))):
+            position = torch.arange(kv)
+            at, rows = (torch.tensor(pages)[position // page_size], position % page_size), slice(done, done + n)
+            for cache, new in ((key_cache, key), (value_cache, value)):
+                cache[at[0][kv - n:], at[1][kv - n:]] = new[rows].to(cache.dtype)
+            q, k, v = (x.transpose(0, 1) for x in (query[rows], key_cache[at], value_cache[at]))      # [heads, tokens, dim]
+            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+            mask = position // self.B <= position[kv - n:, None] // self.B
+            out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(0, 1))
+            done += n
+        return torch.cat(out)
+
+
+@functools.cache
+def lmdeploy_on_cpu():
+    """LMDeploy's engine, scheduler, model agent and SDAR model on this CPU in float32: only what is CUDA is replaced, by
+    LMDeploy's own plain PyTorch operators and by the attention above. Does nothing on a machine with a GPU."""
+    if torch.cuda.is_available():
+        return
+    os.environ |= {"LMDEPLOY_ENABLE_CHECK_ENV": "0", "LMDEPLOY_SKIP_WARMUP": "1"}
+    from lmdeploy.pytorch import config
+    from lmdeploy.pytorch.backends import attention, selector
+    from lmdeploy.pytorch.backends.default import cache, op_backend
+    from lmdeploy.pytorch.engine.cache_engine.plan import BlockCachePlan
+    from lmdeploy.pytorch.engine.model_agent import agent
+
+    class Backend(op_backend.DefaultOpsBackend):
+        get_attention_metadata_cls = staticmethod(lambda: attention.AttentionMetadata)
+        get_cache_backend = staticmethod(lambda: cache.DefaultCacheBackend)
+
+        @classmethod
+        def build_op(cls, spec, **more):
+            paged = isinstance(spec, attention.PagedAttentionBuildSpec)
+            return PagedAttention(spec) if paged else super().build_op(spec, **more)
+
+        @classmethod
+        def update_step_context(cls, context):
+            fields = ("is_decoding", "block_offsets", "q_start_loc", "q_seqlens", "kv_seqlens")
+            context.attn_metadata = attention.AttentionMetadata(*(getattr(context, name) for name in fields))
+            return context
+
+    def wrap(owner, name, around):
+        setattr(owner, name, functools.partialmethod(around, getattr(owner, name)) if isinstance(owner, type) else
+                functools.partial(around, getattr(owner, name)))
+
+    def on_cpu(self, init, *args, **more):
+        init(self, *args, **more)
+        self.device = "cpu"
+
+    def allocate_on_cpu(self, allocate, num_logical_blocks, device):
+        return allocate(self, num_logical_blocks=num_logical_blocks, device="cpu")
+
+    def in_float32(update, *args, **more):
+        made = update(*args, **more)
+        made.dtype = torch.float32
+        return made
+    selector._get_backend = lambda: Backend
+    config.is_bf16_supported = lambda *args: True
+    torch._dynamo.config.disable = True                             # LMDeploy compiles small functions: 20 s for nothing here
+    agent._try_to_cuda = lambda x, non_blocking=False: x.to_device("cpu") if hasattr(x, "to_device") else x
+    agent.get_gpu_memory = lambda *args: (2**31, 2**31)
+    wrap(agent.BaseModelAgent, "__init__", on_cpu)
+    wrap(BlockCachePlan, "allocate", allocate_on_cpu)
+    wrap(config, "_update_torch_dtype", in_float32)
+    torch.cuda.Stream = torch.cuda.Event = Nothing
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.current_stream = torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None
+    torch.cuda.current_device = lambda: "cpu"
+    torch._C._cuda_clearCublasWorkspaces = lambda: None
+
+
+@pytest.fixture
+def lmdeploy_engine(monkeypatch):
+    """A maker of LMDeploy engines, closed after the test."""
+    lmdeploy_on_cpu()
+    monkeypatch.setattr(dirl, "lmdeploy_runs", lambda: True)
+    with contextlib.ExitStack() as stack:
+        def make(policy, c, **options):
+            small = {} if torch.cuda.is_available() else {"num_gpu_blocks": 64, "block_size": 16, "eager_mode": True}
+            engine = dirl.LMDeployEngine(policy, c, **small | options)
+            stack.callback(engine.close)
+            return engine
+        yield make
+
+
+def assert_same(ours, theirs, atol=1e-4):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.prompt.tolist() == b.prompt.tolist() and a.output.tolist() == b.output.tolist()
+        assert a.steps.tolist() == b.steps.tolist() and (a.logp - b.logp).abs().max() < atol
+        assert a.answer.tolist() == b.answer.tolist() and (a.stopped, a.decoding_steps) == (b.stopped, b.decoding_steps)
+
+
+@pytest.mark.parametrize("B", [4, 8])
+@pytest.mark.parametrize("rule, per_step", RULES)
+@pytest.mark.parametrize("confidence", ["top1", "drawn"])
+def test_lmdeploy_decodes_as_our_sampler(policies, lmdeploy_engine, B, rule, per_step, confidence):
+    """Greedy trajectories are the same. Sampled ones too, but where a random number falls on a boundary between two tokens;
+    their log-probabilities are those of a replay, one forward a step."""
+    policy, engine = policies(B), None
+    for max_new in (1, 6, 33):
+        c = flags("--block-size", B, "--unmask", rule, "--tokens-per-step", per_step, "--confidence", confidence,
+                  "--max-new-tokens", max_new, "--threshold", 0.5, "--slots", 32)
+        engine = engine or lmdeploy_engine(policy, replace(c, max_new_tokens=33))
+        engine.c, prompts = c, prompts_of_every_remainder(policy)
+        keys = [(5, i) for i in range(len(prompts))]
+        assert_same(dirl.rollout(policy, prompts, keys, c, greedy=True), engine.generate(prompts, keys, greedy=True))
+        ours, theirs = dirl.rollout(policy, prompts, keys, c), engine.generate(prompts, keys)
+        assert sum(torch.equal(a.output, b.output) and torch.equal(a.steps, b.steps) for a, b in zip(ours, theirs)) > 0.8 * len(ours)
+        if max_new == 6:
+            with torch.no_grad():
+                assert all((t.logp - slow_scores(policy, t)).abs().max() < 1e-4 for t in theirs)
+
+
+def test_lmdeploy_requests_of_different_temperatures_share_a_batch(policies, lmdeploy_engine):
+    class Varied(dirl.Policy):
+        temperatures = itertools.cycle((0.5, 1.0, 1.7))
+        temperature = property(lambda self: next(self.temperatures), lambda self, value: None)
+    policy = policies(4)
+    c = flags("--max-new-tokens", 9, "--threshold", 0.5)
+    varied = Varied(**{f.name: getattr(policy, f.name) for f in fields(dirl.Policy)})
+    prompts, engine = prompts_of_every_remainder(policy), lmdeploy_engine(varied, c)
+    keys = [(5, i) for i in range(9)]
+    for t, T in zip(engine.generate(prompts, keys), (0.5, 1.0, 1.7) * 3):
+        with torch.no_grad():
+            assert (t.logp - slow_scores(policy, t, T)).abs().max() < 1e-4
+
+
+def test_lmdeploy_more_requests_than_slots_preemption_and_prefill_in_chunks(policies, lmdeploy_engine, monkeypatch):
+    from lmdeploy.pytorch.paging.scheduler import Scheduler
+    policy, preempted, preempt = policies(4), [], Scheduler.preempt_seqs
+    c = flags("--max-new-tokens", 90, "--threshold", 0.5, "--slots", 6)
+    g = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 200, (n,), generator=g).tolist() for n in (100, 33, 5, 64, 131, *range(1, 60, 4))]
+    keys = [(6, i) for i in range(len(prompts))]
+    monkeypatch.setattr(Scheduler, "preempt_seqs", lambda self, seqs: (preempted.extend(seqs), preempt(self, seqs))[1])
+    engine = lmdeploy_engine(policy, c, **({} if torch.cuda.is_available() else
+                                           {"num_gpu_blocks": 20, "max_prefill_token_num": 32}))
+    assert_same(dirl.rollout(policy, prompts, keys, c, greedy=True), engine.generate(prompts, keys, greedy=True))
+    assert preempted or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lmdeploy_takes_new_weights_awake_or_after_sleep(policies, lmdeploy_engine, tmp_path, tied):
+    """In every order, the outputs are those of an engine built from a checkpoint with the same weights."""
+    start = policies(4).folder if not tied else tied_copy(policies(4).folder, str(tmp_path / "tied"))
+    c = flags("--max-new-tokens", 9, "--threshold", 0.5)
+    policy = dirl.load_policy(start, c, dirl.read_config(start, c))
+    policy.folder, prompts = start, prompts_of_every_remainder(policy)
+    original = {name: weight.clone() for name, weight in policy.named_weights()}
+    assert ("lm_head.weight" in original) != tied
+
+    def set_weights(noise):
+        g = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for name, weight in policy.named_weights():
+                noisy = original[name] + noise * torch.randn(weight.shape, generator=g).to(weight)
+                weight.copy_(noisy.bfloat16())                      # as a checkpoint in bfloat16 holds it
+    expected = {}
+    for noise in (0.0, 0.05):
+        set_weights(noise)
+        dirl.save_policy(policy, str(tmp_path / f"{noise}"))
+        saved = dirl.load_policy(str(tmp_path / f"{noise}"), c, dirl.read_config(str(tmp_path / f"{noise}"), c))
+        expected[noise] = lmdeploy_engine(saved, c).generate(prompts, [(7, i) for i in range(9)], greedy=True)
+    assert any(a.output.tolist() != b.output.tolist() for a, b in zip(*expected.values()))
+    engine = lmdeploy_engine(policy, c)
+    for orders in (("update",), ("sleep", "update"), ("update", "sleep", "update"), ("sleep", "sleep", "update"), ("update", "update")):
+        for noise in (0.0, 0.05):
+            set_weights(noise)
+            for name in orders:
+                {"update": engine.update_weights, "sleep": engine.sleep}[name]()
+            assert_same(expected[noise], engine.generate(prompts, [(7, i) for i in range(9)], greedy=True))
+
+
+def test_lmdeploy_weights_that_do_not_arrive_are_an_error(policies, lmdeploy_engine, monkeypatch):
+    policy = copy.copy(policies(4))
+    engine = lmdeploy_engine(policy, flags())
+    model = type(engine.engine.executor.model_agent.patched_model.get_model())
+    monkeypatch.setattr(model, "load_weights", lambda self, weights: None)
+    engine.update_weights()                                         # the same ones: nothing is stale
+    monkeypatch.setattr(dirl.Policy, "named_weights", lambda self: iter([("model.norm.weight", torch.full((128,), 1.01))]))
+    with pytest.raises(RuntimeError, match="model.norm.weight"):
+        engine.update_weights()
+
+
+def test_lmdeploy_a_failed_request_is_an_error_that_names_it(policies, lmdeploy_engine, monkeypatch):
+    policy, c = policies(4), flags("--max-new-tokens", 40, "--max-length", 60)
+    engine = lmdeploy_engine(policy, c)
+    with pytest.raises(RuntimeError, match="request 1 of 2, prompt of 90 tokens"):
+        engine.generate([[1] * 5, [1] * 90], [(0, 0), (0, 1)])
+    stream = engine.instance.async_stream_infer
+
+    async def aborted(session, *args, **more):
+        async for response in stream(session, *args, **more):
+            yield response
+            await engine.instance.async_cancel(session)
+    engine.instance.async_stream_infer = aborted
+    with pytest.raises(RuntimeError, match="request 0 of 1.*CANCEL"):
+        engine.generate([[1] * 5], [(0, 0)])
+    engine.instance.async_stream_infer = stream
+    assert len(engine.generate([[1] * 5], [(0, 0)])) == 1           # and the engine lives on
+    monkeypatch.setattr(dirl, "denoise", lambda *args: 1 / 0)
+    with pytest.raises(RuntimeError, match="request 0 of 1"):       # an exception in its loop is not a hang
+        engine.generate([[1] * 5], [(0, 0)])
+
+
+def test_lmdeploy_stops_in_the_block_that_the_prompt_begins(policies, lmdeploy_engine):
+    policy, c = copy.copy(policies(4)), flags("--max-new-tokens", 30, "--threshold", 0.5)
+    prompts, keys = [[5] * n for n in (1, 2, 3, 5, 6, 7)], [(0, i) for i in range(6)]
+    first = [int(t.output[0]) for t in dirl.rollout(policy, prompts, keys, c, greedy=True)]
+    policy.stop_ids = torch.tensor([*first, 5])                     # 5 stands in the prompts: it must not stop them there
+    theirs = lmdeploy_engine(policy, c).generate(prompts, keys, greedy=True)
+    assert all(len(t.output) == -len(t.prompt) % 4 and t.stopped for t in theirs)
+    assert_same(dirl.rollout(policy, prompts, keys, c, greedy=True), theirs)
+
+
+def test_lmdeploy_rollouts_of_one_prompt_differ_and_follow_the_policy(policies, lmdeploy_engine):
+    """Stock LMDeploy gives 16 rollouts of a prompt 4 different outputs (seeds tiled in the wrong order)."""
+    policy, prompt = policies(4), prompts_of_every_remainder(policies(4))[6]
+    c = flags("--max-new-tokens", 1, "--slots", 64, "--max-length", 16)
+    theirs = lmdeploy_engine(policy, replace(c, max_new_tokens=13)).generate([prompt] * 16, [(8, i) for i in range(16)])
+    assert len({tuple(t.output.tolist()) for t in theirs}) == 16
+    n, engine = 2000, lmdeploy_engine(policy, c)
+    outputs = torch.cat([t.output for t in engine.generate([prompt] * n, [(9, i) for i in range(n)])])
+    with torch.no_grad():
+        logits = slow_logits(policy, torch.tensor([*prompt, policy.mask_id]))[-1]
+    p = slow_log_policy(policy, logits).exp().double()
+    likely = (n * p >= 5).nonzero()[:, 0].tolist()                  # the rest is one class
+    classes = [(int((outputs == x).sum()), n * float(p[x])) for x in likely]
+    classes.append((n - sum(seen for seen, _ in classes), n - sum(expected for _, expected in classes)))
+    chi2, freedom = sum((seen - expected)**2 / expected for seen, expected in classes), len(classes) - 1
+    assert freedom > 10 and abs(chi2 - freedom) < 4 * (2 * freedom)**0.5
+
+
+def test_rl_with_lmdeploy(trained, lmdeploy_engine, tmp_path, monkeypatch, capsys):
+    """A few steps of the tiny model: sampler and trainer agree at every step, and the engine ends with the trainer's weights."""
+    engines = []
+    build, close = dirl.LMDeployEngine.__init__, dirl.LMDeployEngine.close
+
+    def small(self, policy, c):
+        build(self, policy, c, **{} if torch.cuda.is_available() else {"num_gpu_blocks": 400, "block_size": 16, "eager_mode": True})
+        engines.append(self)
+    monkeypatch.setattr(dirl.LMDeployEngine, "__init__", small)
+    monkeypatch.setattr(dirl.LMDeployEngine, "close", lambda self: None)
+    out = str(tmp_path / "run")
+    dirl.main(["--model", os.path.join(trained, "sft"), "--out", out, "--engine", "lmdeploy", "--steps", "4", "--prompts", "4",
+               "--group-size", "4", "--warmup", "0", "--lr", "1e-3", "--held-out", "8"])
+    lines, c = metrics(out, "rl"), flags("--max-new-tokens", 48)
+    assert len(lines) == 4 and all(line["logp_gap"] is None or line["logp_gap"] < 1e-3 for line in lines)
+    assert any(line["logp_gap"] is not None for line in lines) and all("seconds_weights" in line for line in lines)
+    saved = dirl.load_policy(os.path.join(out, "rl"), c, dirl.read_config(os.path.join(out, "rl"), c))
+    prompts = [saved.prompt([{"role": "user", "content": dirl.arithmetic(i)[0]}]) for i in range(8)]
+    monkeypatch.undo()
+    keys, (engine,) = [(0, i) for i in range(8)], engines
+    assert_same(lmdeploy_engine(saved, c).generate(prompts, keys, greedy=True), engine.generate(prompts, keys, greedy=True))
+    close(engine)
+    with pytest.raises(SystemExit):                                 # a gap is an end, with the step's line written
+        dirl.main(["--model", os.path.join(trained, "sft"), "--out", out + "2", "--steps", "3", "--prompts", "4", "--held-out", "0",
+                   "--engine", "torch", "--max-logp-gap", "1e-12"])
+    assert "--max-logp-gap" in capsys.readouterr().err and len(metrics(out + "2", "rl")) == 1
+
+
+def test_another_lmdeploy_is_a_warning_and_one_without_the_patch_point_an_error(policies, lmdeploy_engine, monkeypatch, capsys):
+    import lmdeploy
+    from lmdeploy.pytorch.strategies import dllm
+    monkeypatch.setattr(lmdeploy, "__version__", "0.19.0")
+    engine = lmdeploy_engine(policies(4), flags("--engine-memory", 0.2))
+    assert "lmdeploy 0.19.0" in capsys.readouterr().err
+    assert engine.engine.cache_config.cache_max_entry_count == 0.2
+    monkeypatch.delattr(dllm.sequence.SchedulerSequenceDLLM, "set_stop_pos")
+    with pytest.raises(SystemExit):
+        lmdeploy_engine(policies(4), flags())
+    assert "set_stop_pos" in capsys.readouterr().err
+
+
 # ---- data and reward --------------------------------------------------------------------------------------------
 
 
@@ -962,21 +1260,28 @@ def test_sdar_save_and_load(policies, tmp_path):
     assert again.model.config._attn_implementation == "dirl"
 
 
-def test_a_bfloat16_tied_checkpoint_with_a_foreign_attention_setting(policies, tmp_path):
-    folder = str(tmp_path / "tied")
-    shutil.copytree(policies(4).folder, folder)
+def tied_copy(source, folder, **changes):
+    """A copy of a checkpoint in bfloat16 with tied embeddings, and with a program in it."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(source, folder)
     path = os.path.join(folder, "config.json")
     config = json.load(open(path)) | {"tie_word_embeddings": True, "torch_dtype": "bfloat16",
-                                      "attn_implementation": "flex_attention", "rope_theta": 1e6,
-                                      "eos_token_id": [256, 257], "auto_map": {"AutoModelForCausalLM": "evil.py--X"}}
+                                      "auto_map": {"AutoConfig": "evil.SDARConfig", "AutoModelForCausalLM": "evil.SDARForCausalLM",
+                                                   "AutoTokenizer": ["evil.SDARTokenizer", None]}} | changes
     json.dump(config, open(path, "w"))
     with open(os.path.join(folder, "evil.py"), "w") as file:
         file.write("raise SystemExit('executed')")
-    from safetensors.torch import load_file, save_file
     weights = load_file(os.path.join(folder, "model.safetensors"))
     weights.pop("lm_head.weight")
     save_file({k: v.bfloat16() for k, v in weights.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    c = flags()
+    return folder
+
+
+def test_a_bfloat16_tied_checkpoint_with_a_foreign_attention_setting(policies, tmp_path):
+    from safetensors.torch import load_file
+    folder = tied_copy(policies(4).folder, str(tmp_path / "tied"), attn_implementation="flex_attention", rope_theta=1e6,
+                       eos_token_id=[256, 257])
+    weights, c = load_file(os.path.join(folder, "model.safetensors")), flags()
     policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
     assert policy.model.config.rope_parameters["rope_theta"] == 1e6 and policy.eos_id == 256
     assert policy.model.lm_head.weight.data_ptr() == policy.model.model.embed_tokens.weight.data_ptr()
@@ -1038,7 +1343,8 @@ def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_fact
             file.write(json.dumps({"question": "?" * (100 + 20 * n), "answer": "#### 3"}) + "\n")
     monkeypatch.chdir(work)
     places = {"DATA": str(work / "data.jsonl"), "OTHER": policies(4).folder}
-    assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {"out"}    # out: test_runs
+    assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {
+        "out", "engine", "engine-memory", "max-logp-gap"}           # in the tests of runs, and of LMDeploy
     same = None
     for name, (stage, besides, *values) in FLAGS.items():
         short = {"--steps": 1, "--warmup": 0, "--lr": 1e-3, "--seed": 0}
@@ -1096,6 +1402,8 @@ def bad_inputs(tmp_path):
     return [(["--step", "3"], "--step"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"),
             (["--lr", "nan"], "--lr"), (["--objective", "eq9"], "--objective"), (["--group-size", "1"], "--group-size"),
             (["--beta", "0.1"], "--beta"), (["--tokens-per-step", "3"], "--tokens-per-step"),
+            (["--engine-memory", "2"], "--engine-memory"), (["--max-logp-gap", "-1"], "--max-logp-gap"),
+            (["--engine", "lmdeploy"] if not torch.cuda.is_available() else ["--engine", "vllm"], "--engine"),
             (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "nowhere"), (["extra"], "extra"),
             (["--model", str(tmp_path)], "config.json"), (["--model", str(tmp_path / "moe")], "sdar_moe"),
             (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
@@ -1172,7 +1480,7 @@ def test_default_run_learns(trained):
     assert all(line["logp_gap"] < 1e-4 for line in lines)
     expected = {"stage", "step", "loss", "lr", "grad_norm", "seconds", "reward", "kl", "entropy", "clip_fraction",
                 "tokens_per_step", "output_length", "truncated", "groups_dropped", "duplicates", "forward_tokens", "logp_gap",
-                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update"}
+                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update", "seconds_weights"}
     assert all(set(line) == expected for line in lines) and [line["step"] for line in lines] == list(range(1, 61))
     assert set(metrics(trained, "sft")[0]) == {"stage", "step", "loss", "lr", "grad_norm", "forward_tokens", "seconds"}
     assert sorted(os.listdir(trained)) == ["init", "metrics.jsonl", "rl", "sft"]
@@ -1320,6 +1628,99 @@ def bench():
                   flush=True)
 
 
+# ---- python test_dirl.py --rollouts: LMDeploy, and what the hook and the weight update cost --------------------------
+
+
+def random_sdar(folder):
+    """On a GPU a random SDAR-1.7B, else the tiny model."""
+    dirl.build_tiny(folder, 4, 0)
+    if torch.cuda.is_available():
+        import transformers
+        from huggingface_hub import save_torch_state_dict
+        path = os.path.join(folder, "config.json")
+        config = json.load(open(path)) | dict(
+            vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, rope_theta=1e6, initializer_range=0.02, torch_dtype="bfloat16",
+            max_position_embeddings=32768)
+        json.dump(config, open(path, "w"))
+        model = transformers.Qwen3ForCausalLM(dirl.qwen3_config(config)).bfloat16()
+        save_torch_state_dict(model.state_dict(), folder)
+    return folder
+
+
+def stock(policy, *rest):
+    """In place of dirl.hook_lmdeploy: LMDeploy's own strategies, with the checkpoint's mask token."""
+    from lmdeploy.pytorch.strategies import dllm
+
+    class Factory(dllm.DLLMStrategyFactory):
+        def __init__(self, model_config, dllm_config):
+            model_config.dllm_mask_token = policy.mask_id
+            super().__init__(model_config, dllm_config)
+    return Factory
+
+
+def stock_tokens(engine, prompts, max_new):
+    """Output tokens of LMDeploy as it is, on the same engine settings: its own sampler, with top-k off."""
+    from lmdeploy import GenerationConfig
+
+    async def one(i):
+        asked = GenerationConfig(max_new_tokens=max_new, temperature=1.0, top_k=0, random_seed=i, ignore_eos=True)
+        async for response in engine.instance.async_stream_infer(next(engine.sessions), list(prompts[i]), gen_config=asked):
+            tokens = len(response.token_ids)
+        return tokens
+
+    async def every():
+        return sum(await asyncio.gather(*map(one, range(len(prompts)))))
+    return engine.run(every())
+
+
+def rollout_table():
+    cuda = torch.cuda.is_available()
+    lmdeploy_on_cpu()
+    n, P, max_new, options = (64, 200, 512, {}) if cuda else (8, 20, 32, {"num_gpu_blocks": 64, "block_size": 16, "eager_mode": True})
+    prompts = torch.randint(0, 200, (n, P), generator=torch.Generator().manual_seed(0)).tolist()
+    used = (lambda: torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) if cuda else (lambda: 0)
+    with tempfile.TemporaryDirectory() as folder:
+        c = flags("--max-new-tokens", max_new, "--max-length", P, "--slots", n, "--engine", "torch")
+        policy = dirl.load_policy(random_sdar(folder), c, dirl.read_config(folder, c))
+        policy.stop_ids, before, rates = torch.tensor([], dtype=torch.long), used(), {}
+        hook = dirl.hook_lmdeploy
+        for name in ("stock", "hooked"):
+            dirl.hook_lmdeploy = stock if name == "stock" else hook
+            engine = dirl.LMDeployEngine(policy, c, **options)
+            for warm in (True, False):
+                start = time.perf_counter()
+                if name == "stock":
+                    tokens = stock_tokens(engine, prompts, max_new)
+                else:
+                    found = engine.generate(prompts, [(0, warm, i) for i in range(n)])
+                    tokens = sum(len(t.output) for t in found)
+                rates[name] = tokens / (time.perf_counter() - start)
+            if name == "stock":
+                engine.close()
+        awake, size = used(), sum(w.numel() * 2 for _, w in policy.named_weights()) / 1e9
+        engine.sleep()
+        asleep = used()
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            engine.update_weights()
+            seconds.append(time.perf_counter() - start)             # the first wakes it up: weights, cache, graphs
+        with torch.no_grad():
+            row = dirl.make_rows(policy, documents_of(policy, found[:4]), 10**6)[0]
+            logp = policy.score(row)[0].cpu()
+        order = dirl.pack([len(d["ids"]) for d in documents_of(policy, found[:4])], 10**6)[0]
+        gap = (logp - torch.cat([found[i].logp for i in order])).abs().mean()
+        print(f"{torch.cuda.get_device_name() if cuda else 'CPU, stand-ins for the kernels, the tiny model'}; {n} prompts of {P} "
+              f"tokens, {max_new} new ones")
+        print(f"rollout: stock {rates['stock']:,.0f} tokens/s, hooked {rates['hooked']:,.0f} tokens/s "
+              f"({rates['hooked'] / rates['stock']:.3f}); logp_gap {float(gap):.1e}")
+        print(f"update_weights: {size:.2f} GB in bfloat16; after sleep {seconds[0]:.2f} s, awake {seconds[2]:.2f} s, "
+              f"{size / seconds[2]:.1f} GB/s")
+        print(f"GPU memory in use: before the engine {before / 1e9:.1f} GB, awake {awake / 1e9:.1f} GB, asleep {asleep / 1e9:.1f} GB")
+        engine.close()
+
+
 # ---- python test_dirl.py --one-step: log-probabilities that are not those of the decoding -------------------------
 
 
@@ -1380,11 +1781,14 @@ if __name__ == "__main__":
     parser.add_argument("--bench", action="store_true", help="the authors' layout and ours: tokens, seconds, memory")
     parser.add_argument("--bench-one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--one-step", action="store_true", help="one-step log-probabilities against exact ones, RL with both")
+    parser.add_argument("--rollouts", action="store_true", help="LMDeploy: tokens/s with and without the hook, weight update")
     given = parser.parse_args()
     if given.bench:
         bench()
     elif given.one_step:
         one_step()
+    elif given.rollouts:
+        rollout_table()
     elif given.bench_one:
         bench_one(*given.bench_one)
     else:
