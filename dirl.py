@@ -311,13 +311,23 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+import warnings
+from concurrent.futures import wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one rank saves its state like many
 
 # ---- 1. Configuration --------------------------------------------------------------------------------------
 
@@ -368,24 +378,28 @@ class Config:
     max_attempts: int = flag(4, "dynamic sampling: rounds of rollouts to find mixed groups", least=1)
     reward: str = flag(None, "module:function(answer, truth) -> number, in place of the built-in check")
     held_out: int = flag(256, "rl: problems for greedy accuracy, of a file at most a tenth", least=0)
+    hsdp: int = flag(None, "ranks that share one copy of the model (a node's); default all", least=1)
+    save_every: int = flag(None, "steps between saves of what --resume needs", "10 (authors' code)", least=1)
+    resume: bool = flag(False, "continue the stage in --out from its newest saved state")
 
 
 # tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
 PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
-                 batch=24),
+                 batch=24, save_every=100),
     "tiny sft": dict(steps=700, lr=3e-3, schedule="cosine", warmup=20),
     "tiny rl": dict(steps=60, lr=2e-4, schedule="constant", warmup=5),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
-                 batch=16),
+                 batch=16, save_every=10),
     "real sft": dict(steps=100, lr=1e-5, schedule="cosine", warmup=10),
     "real rl": dict(steps=40, lr=1e-6, schedule="constant", warmup=10),
     "paper": dict(max_length=8192, max_new_tokens=8192, prompts=128, group_size=32, batch=512)}
 
 
 def fail(message):
-    """Bad input: one line, exit code 2."""
-    print(f"dirl.py: error: {message}", file=sys.stderr)
+    """Bad input: one line, from one of the ranks, and exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -430,13 +444,17 @@ def configure(given, stage):
     return replace(c, eps_high=c.eps if c.eps_high is None else c.eps_high)
 
 
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def is_tiny(model):
     """Whether --model is the built-in model or a checkpoint of it."""
     if model in (None, "tiny"):
         return True
     try:
-        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
-            return json.load(file)["hidden_size"] < 512
+        return read_json(os.path.join(model, "config.json"))["hidden_size"] < 512
     except (OSError, ValueError, KeyError, TypeError):
         return False                                                   # what is wrong, read_config says
 
@@ -613,12 +631,12 @@ class Policy:
 
     def __post_init__(self):
         self.device, self.stop_ids = self.model.device, torch.tensor([self.end_id, self.eos_id])
+        self.base = getattr(self.model, "base", self.model.model)      # see `shard`
 
     def hidden(self, ids, pos, mask, cache=None):
         """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA bfloat16 inside, float32 out."""
-        with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext():
-            return self.model.model(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
-                                    past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
+                         past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R]."""
@@ -630,9 +648,10 @@ class Policy:
         return log_probs(hidden, weight, row["target"], self.temperature, self.mask_id)
 
     def named_weights(self):
-        """(name in the checkpoint, tensor) of all weights, one at a time."""
+        """(name in the checkpoint, whole tensor) of all weights, one at a time; for all ranks together."""
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            parameter = parameter.detach()
+            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
     def prompt(self, messages):
         """Token ids of the messages in the chat template, up to where the assistant speaks."""
@@ -661,9 +680,8 @@ def find_model(name):
 def read_config(folder, c):
     """config.json of a checkpoint as a dict, refused where it is not SDAR's dense architecture."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
+        config = dict(read_json(os.path.join(folder, "config.json")))
+    except (OSError, ValueError, TypeError) as error:
         fail(f"--model {folder}: no readable config.json ({error})")
     if config.get("model_type") != "sdar":
         fail(f"--model {folder}: model_type {config.get('model_type')!r} in its config.json; only 'sdar' is "
@@ -672,8 +690,13 @@ def read_config(folder, c):
              "num_key_value_heads", "head_dim", "mask_token_id", "eos_token_id")
     config["block_size"] = config.get("block_size") or c.block_size
     for name in sizes + ("block_size",):
-        if config.get(name) is None:
-            fail(f"--model {folder}: config.json has no {name}")
+        value = config.get(name)
+        value = value[0] if name == "eos_token_id" and isinstance(value, list) and value else value
+        if type(value) is not int or value < 0:
+            fail(f"--model {folder}: {name} is {value!r} in its config.json; a number is needed")
+    if config["mask_token_id"] >= config["vocab_size"]:
+        fail(f"--model {folder}: mask_token_id {config['mask_token_id']} is not below vocab_size "
+             f"{config['vocab_size']} in its config.json")
     if c.block_size not in (None, config["block_size"]):
         fail(f"--block-size {c.block_size}: the block size of {folder} is {config['block_size']}")
     check_block(c, config["block_size"])
@@ -713,7 +736,7 @@ def load_policy(folder, c, config):
     eos = config["eos_token_id"]
     if model.num_parameters() > 1e8:                                   # memory for time, where memory counts
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model = shard(model.to("cuda" if torch.cuda.is_available() else "cpu").train(), c)
     return Policy(model, tokenizer, folder, config["block_size"], config["mask_token_id"], end_id,
                   eos[0] if isinstance(eos, list) else eos, c.temperature)
 
@@ -723,21 +746,32 @@ def save_policy(policy, folder):
 
     It is written aside and renamed, so that a folder of that name is always a whole checkpoint."""
     from huggingface_hub import save_torch_state_dict
-    aside = folder + ".tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
-    for file in os.scandir(policy.folder):
-        weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
-        if file.is_file() and not weights and file.stat().st_size < 2**26:
-            shutil.copyfile(file.path, os.path.join(aside, file.name))
-    with open(os.path.join(aside, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(os.path.join(policy.folder, "config.json"))
     dtype = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-    state = {name: tensor.to(dtype) for name, tensor in policy.model.state_dict().items()}
-    if config.get("tie_word_embeddings"):
-        state.pop("lm_head.weight", None)
-    save_torch_state_dict(state, aside)
-    os.rename(aside, folder)
+    state = {}
+    for name, tensor in policy.named_weights():
+        if rank() == 0:
+            state[name] = tensor.to("cpu", dtype)
+    if rank() == 0:
+        with written_aside(folder) as aside:
+            for file in os.scandir(policy.folder):
+                weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
+                if file.is_file() and not weights and file.stat().st_size < 2**26:
+                    shutil.copyfile(file.path, os.path.join(aside, file.name))
+            save_torch_state_dict(state, aside)
+
+
+@contextmanager
+def written_aside(folder):
+    """A folder to write in, which then takes the place of `folder`, at once or not at all."""
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    os.makedirs(folder + ".tmp")
+    yield folder + ".tmp"
+    shutil.rmtree(folder + ".old", ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, folder + ".old")
+    os.rename(folder + ".tmp", folder)
+    shutil.rmtree(folder + ".old", ignore_errors=True)
 
 
 def build_tiny(folder, B, seed):
@@ -867,6 +901,8 @@ def decode(policy, prompts, seeds, c):
     if int(first.max()):
         forward(live, slot[:int(first.max()) * B].expand(n, -1))                     # the whole prompt blocks
     while len(live):
+        if stop_signal.is_set():
+            raise Stopped
         pos = k[:, None] * B + slot[:B]                                                 # [m, B]
         at = live[:, None], pos
         masked = tokens[at] == policy.mask_id
@@ -897,7 +933,8 @@ class TorchEngine:
         self.policy, self.c = policy, c
 
     def generate(self, prompts, keys, greedy=False):
-        return rollout(self.policy, prompts, keys, self.c, greedy)
+        with gathered(self.policy.model):
+            return rollout(self.policy, prompts, keys, self.c, greedy)
 
     def sleep(self):
         pass
@@ -1069,7 +1106,12 @@ class LMDeployEngine:
         self.update_weights()
 
     def run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        while not future.done():
+            wait([future], timeout=0.5)
+            if stop_signal.is_set() and future.cancel():
+                raise Stopped
+        return future.result()
 
     def call(self, function, *args):
         async def in_the_loop():
@@ -1141,7 +1183,107 @@ class LMDeployEngine:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 
-# ---- 6. What both training loops use -----------------------------------------------------------------------
+# ---- 6. Ranks ----------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGTERM came: the step in progress is given up, on all ranks."""
+
+
+stop_signal = threading.Event()
+
+
+def start_ranks():
+    """torchrun's ranks become one process group. One rank on a GPU is a group of its own, without a port."""
+    n, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_initialized() or (n == 1 and not cuda):
+        return
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if n == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def gather(items):
+    """The lists of all ranks, one after the other. Raises Stopped on all of them if one was told to stop."""
+    lists = [None] * world()
+    if world() > 1:
+        dist.all_gather_object(lists, (stop_signal.is_set(), items))
+    else:
+        lists = [(stop_signal.is_set(), items)]
+    if any(stop for stop, _ in lists):
+        raise Stopped
+    return [item for _, items in lists for item in items]
+
+
+def all_sum(tensor):
+    """Over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def shard(model, c):
+    """FSDP2: each layer, and the rest, sharded over the ranks or groups of --hsdp of them. On CUDA layers
+    compute in bfloat16, gradients are averaged in float32. model.base: the forward to the hidden states."""
+    device = model.device.type
+    if dist.is_initialized():
+        n = c.hsdp or world()
+        mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh["shard"] if n == world() else mesh
+        precision = (torch.bfloat16, torch.float32) if device == "cuda" else ()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(*precision))
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)     # lm_head is read after the forward
+    model.base = lambda **inputs: model.model(**inputs)
+    register_fsdp_forward_method(model, "base")
+    return model
+
+
+@contextmanager
+def gathered(model):
+    """The whole model on every rank: for rollouts, in which ranks take different numbers of forwards."""
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in modules:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    yield
+    for m in modules:
+        m.set_reshard_after_forward(m is not model, recurse=False)
+        m.reshard()
+
+
+def deal(lengths, max_tokens):
+    """Documents of these lengths → (rows of document indices for this rank, imbalance).
+
+    The longest goes first, to the rank with least. All ranks get as many rows, the last ones may be empty.
+    Imbalance: tokens of the fullest rank over the mean, minus 1."""
+    hands, loads = [[] for _ in range(world())], [0] * world()
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = loads.index(min(loads))
+        hands[r].append(i)
+        loads[r] += lengths[i]
+    packed = [pack([lengths[i] for i in hand], max_tokens) for hand in hands]
+    rows = [[[hand[j] for j in row] for row in rows] for hand, rows in zip(hands, packed)]
+    most = max(map(len, rows))
+    return rows[rank()] + [[]] * (most - len(rows[rank()])), max(loads) / max(1, sum(loads)) * world() - 1
+
+
+# ---- 7. What both training loops use -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -1154,14 +1296,27 @@ def clock(seconds, phase):
     seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
 
 
-def make_rows(policy, documents, max_tokens):
-    """Documents, each with the columns that its loss needs → packed rows on the model's device."""
-    rows = []
-    for indices in pack([len(d["ids"]) for d in documents], max_tokens):
-        chosen = [documents[i] for i in indices]
+def make_rows(policy, lengths, document, c):
+    """document(i), of lengths[i] tokens, for all i → (this rank's packed rows on its device, imbalance).
+
+    A document has the columns that its loss needs; that of an empty row has no place where a loss reads."""
+    nothing = dict.fromkeys(("reads", "target"), torch.zeros(0, dtype=torch.long))
+    nothing |= dict.fromkeys(("weight", "A", "w", "logp_sampler"), torch.zeros(0))
+    nothing |= {"ids": torch.zeros(policy.B, dtype=torch.long), "pos": torch.arange(policy.B)}
+    nothing["copy"], (plan, imbalance), rows = nothing["ids"], deal(lengths, c.max_tokens), []
+    for indices in plan:
+        chosen = [document(i) for i in indices] or [nothing]
         length = padded_length(sum(len(d["ids"]) for d in chosen)) if policy.device.type == "cuda" else None
         rows.append({name: x.to(policy.device) for name, x in join(chosen, length).items()})
-    return rows
+    return rows, imbalance
+
+
+def backward(loss, may_stop=True):
+    """A row's part of the gradient. FSDP averages over the ranks; the loss is a sum over them. As long as no
+    weight has moved, the ranks first agree whether one of them was told to stop."""
+    if may_stop and all_sum(torch.tensor(float(stop_signal.is_set()))):
+        raise Stopped
+    (loss * world()).backward()
 
 
 def make_optimizer(policy, c):
@@ -1176,30 +1331,113 @@ def learning_rate(c, step):
     return c.lr * (0.5 * (1 + math.cos(math.pi * progress)) if c.schedule == "cosine" else 1)
 
 
-def optimizer_step(policy, optimizer, c, step):
-    """(5d) Clip the gradient, move, forget it. Returns its norm before the clip."""
+def optimizer_step(policy, optimizer, c, step, progress):
+    """(5d) Clip the gradient, move, forget it. Returns its norm before the clip. One that is not finite moves
+    nothing; the third in a row is an end."""
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
+        progress["bad"] = 0
+    else:
+        progress["bad"], progress["skipped"] = progress["bad"] + 1, progress["skipped"] + 1
     optimizer.zero_grad()
-    return float(norm)
+    if progress["bad"] == 3:
+        fail(f"step {step}: the third gradient in a row that is not finite; the last saved state is in "
+             f"{state_folder(c)}")
+    return norm
 
 
 def write_metrics(c, line, seconds):
-    """One JSON object a step in OUT/metrics.jsonl."""
-    line = line | seconds
-    with open(os.path.join(c.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
-        line = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in line.items()}
-        file.write(json.dumps(line) + "\n")
+    """One JSON object a step in OUT/metrics.jsonl; what is not finite is null."""
+    line = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in (line | seconds).items()}
+    line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
+    if rank() == 0:
+        with open(os.path.join(c.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def state_folder(c):
+    return os.path.join(c.out, c.stage + ".state")
+
+
+@contextmanager
+def saved_when_stopped(policy, optimizer, c, progress):
+    """The steps of a stage: if one is given up, the state after the last one is saved."""
+    try:
+        yield
+    except Stopped:
+        optimizer.zero_grad()
+        if progress["step"] not in saved_states(c):
+            save_state(policy, optimizer, c, progress)
+        raise
+
+
+def save_state(policy, optimizer, c, progress):
+    """What --resume needs, in OUT/STAGE.state/N for step N, written aside and renamed; the last two stay."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    folder = os.path.join(state_folder(c), str(progress["step"]))
+    model, moments = get_state_dict(policy.model, optimizer)
+    with written_aside(folder) if rank() == 0 else nullcontext():
+        all_sum(torch.zeros(1))                                        # the folder is there
+        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder + ".tmp")
+        if rank() == 0:
+            with open(os.path.join(folder + ".tmp", "progress.json"), "w", encoding="utf-8") as file:
+                json.dump(progress, file)
+    if rank() == 0:
+        for old in saved_states(c)[:-2]:
+            shutil.rmtree(os.path.join(state_folder(c), str(old)))
+    all_sum(torch.zeros(1))
+
+
+def saved_states(c):
+    """Steps of the whole states in OUT/STAGE.state, in order."""
+    names = os.listdir(state_folder(c)) if os.path.isdir(state_folder(c)) else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def resume(policy, optimizer, c):
+    """The progress of a stage. With --resume its newest saved state is loaded; metrics after it are cut."""
+    progress = {"step": 0, "position": 0, "rewards": [], "before": None, "idle": 0, "bad": 0, "skipped": 0}
+    steps = saved_states(c) if c.resume else []
+    if steps:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+        folder = os.path.join(state_folder(c), str(steps[-1]))
+        model, moments = get_state_dict(policy.model, optimizer)
+        dcp.load({"model": model, "optimizer": moments}, checkpoint_id=folder)
+        set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
+        progress = read_json(os.path.join(folder, "progress.json"))
+        say(f"{c.stage}: resuming after step {progress['step']}")
+    path = os.path.join(c.out, "metrics.jsonl")
+    os.makedirs(state_folder(c), exist_ok=True)                        # from now on the stage is begun
+    if rank() == 0 and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines(keepends=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(line for line in lines if before(line, c.stage, progress["step"]))
+        os.replace(path + ".tmp", path)
+    return progress
+
+
+def before(line, stage, step):
+    """Whether a line of metrics.jsonl stays when a stage goes on after a step; the last may be cut short."""
+    try:
+        line = json.loads(line)
+    except ValueError:
+        return False
+    return line["stage"] != stage or line["step"] <= step
 
 
 def usable(policy, c, encoded, what):
     """Of (token ids, ...), those that are short enough and free of [MASK]; says how many are not."""
     kept = [x for x in encoded if len(x[0]) <= c.max_length and policy.mask_id not in x[0]]
     if len(kept) < len(encoded):
-        print(f"{c.data}: skipped {len(encoded) - len(kept)} of {len(encoded)} {what}: longer than "
-              f"--max-length {c.max_length}, or with a mask token in them", flush=True)
+        say(f"{c.data}: skipped {len(encoded) - len(kept)} of {len(encoded)} {what}: longer than "
+            f"--max-length {c.max_length}, or with a mask token in them")
     return kept or fail(f"{c.data}: none of its {what} is within --max-length {c.max_length} tokens")
 
 
@@ -1227,35 +1465,58 @@ def announce(c, config):
         cache = min(n, c.slots) * (c.max_length + c.max_new_tokens) * layers * 2 * kv * 4
     training = c.max_tokens * layers * d * 4 + 3 * 512 * vocab * 4  # hidden states, a chunk of logits
     gigabytes = (weights * (20 if c.beta else 16) + max(cache, training)) / 1e9     # AdamW: 16 bytes a weight
-    print(f"{c.stage}: {what} a step, at most {ceiling:,} tokens; {weights / 1e6:,.1f}M weights, about "
-          f"{gigabytes:.1f} GB of memory", flush=True)
+    what = f"{what} a step, at most {ceiling:,} tokens; {weights / 1e6:,.1f}M weights"
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        there = torch.cuda.mem_get_info()[1] * world()
+    if gigabytes > there / 1e9:
+        fail(f"{what}: about {gigabytes:,.0f} GB of memory, and {there / 1e9:.0f} GB are there; lower "
+             "--slots, --max-new-tokens or --max-tokens, or take more ranks")
+    say(f"{c.stage}: {what}, about {gigabytes:.1f} GB of memory")
 
 
 # ---- 7. The SFT loop ---------------------------------------------------------------------------------------
 
 
+def sft_step(policy, optimizer, c, example, step, progress):
+    """One step of Eq. 3. Returns its line of metrics."""
+    documents, answer_tokens, loss = [], 0, torch.zeros(1, device=policy.device)
+    for i in range((step - 1) * c.batch, step * c.batch):
+        tokens, P = example(i)
+        g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
+        u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
+        documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
+        answer_tokens += len(tokens) - P                               # end tokens and padding included
+    lengths = [len(d["ids"]) for d in documents]
+    rows, imbalance = make_rows(policy, lengths, documents.__getitem__, c)
+    for row in rows:
+        logp, _ = policy.score(row)                                                     # [R]
+        row_loss = sft_loss(logp, row["weight"], answer_tokens)
+        backward(row_loss)
+        loss += row_loss.detach()
+    norm = optimizer_step(policy, optimizer, c, step, progress)
+    progress["step"] = step
+    return {"stage": "sft", "step": step, "loss": all_sum(loss).item(), "lr": learning_rate(c, step),
+            "grad_norm": norm, "forward_tokens": sum(lengths), "imbalance": imbalance,
+            "skipped": progress["skipped"]}
+
+
 def train_sft(policy, c, example):
     """Eq. 3 on example(i) → (tokens [S], P)."""
     optimizer = make_optimizer(policy, c)
-    for step in (bar := tqdm(range(1, c.steps + 1), desc="sft")):
-        seconds, documents, answer_tokens, loss = {}, [], 0, 0.0
-        with clock(seconds, "seconds"):
-            for i in range((step - 1) * c.batch, step * c.batch):
-                tokens, P = example(i)
-                g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
-                u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
-                documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
-                answer_tokens += len(tokens) - P                       # end tokens and padding included
-            rows = make_rows(policy, documents, c.max_tokens)
-            for row in rows:
-                logp, _ = policy.score(row)                                             # [R]
-                row_loss = sft_loss(logp, row["weight"], answer_tokens)
-                row_loss.backward()
-                loss += row_loss.item()
-            norm = optimizer_step(policy, optimizer, c, step)
-        bar.set_postfix(loss=f"{loss:.3f}")
-        line = {"stage": "sft", "step": step, "loss": loss, "lr": learning_rate(c, step), "grad_norm": norm}
-        write_metrics(c, line | {"forward_tokens": sum(len(row["ids"]) for row in rows)}, seconds)
+    progress = resume(policy, optimizer, c)
+    with saved_when_stopped(policy, optimizer, c, progress):
+        bar = tqdm(range(c.steps), "sft", initial=progress["step"], disable=rank() > 0)
+        for step in range(progress["step"] + 1, c.steps + 1):
+            start = time.perf_counter()
+            line = sft_step(policy, optimizer, c, example, step, progress)
+            write_metrics(c, line, {"seconds": time.perf_counter() - start})
+            bar.set_postfix(loss=f"{line['loss']:.3f}")
+            bar.update()
+            if step == c.steps:
+                save_policy(policy, os.path.join(c.out, "sft"))
+            if step % c.save_every == 0 or step == c.steps:
+                save_state(policy, optimizer, c, progress)
 
 
 # ---- 8. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
@@ -1270,36 +1531,43 @@ def dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds
     for _ in range(c.max_attempts):
         indices = range(position, position + c.prompts - len(mixed))
         position += len(indices)
-        with clock(seconds, "seconds_rollout"):
-            # (1) fetch prompts, (2) iterate over them
-            fetched = [problem(i) for i in indices]                           # (prompt ids, truth, question)
-            # (3) request, (4) rollout
-            flat = engine.generate([prompt for prompt, *_ in fetched for _ in range(c.group_size)],
-                                   [(c.seed, "rl", step, i, g) for i in indices for g in range(c.group_size)])
-        with clock(seconds, "seconds_reward"):
-            for j, (_, truth, _) in enumerate(fetched):
-                group = flat[j * c.group_size:(j + 1) * c.group_size]
-                answers = [policy.tokenizer.decode(t.answer) for t in group]
-                every.append((group, [float(reward(answer, truth)) for answer in answers]))
+        mine, groups = indices[rank()::world()], []
+        with suppress(Stopped):                                        # `gather` tells the other ranks
+            with clock(seconds, "seconds_rollout"):
+                # (1) fetch prompts, (2) iterate over them
+                fetched = [problem(i) for i in mine]                          # (prompt ids, truth, question)
+                # (3) request, (4) rollout
+                prompts = [prompt for prompt, *_ in fetched for _ in range(c.group_size)]
+                keys = [(c.seed, "rl", step, i, g) for i in mine for g in range(c.group_size)]
+                flat = engine.generate(prompts, keys)
+            with clock(seconds, "seconds_reward"):
+                for j, (_, truth, _) in enumerate(fetched):
+                    group = flat[j * c.group_size:(j + 1) * c.group_size]
+                    answers = [policy.tokenizer.decode(t.answer) for t in group]
+                    groups.append((mine[j], group, [float(reward(answer, truth)) for answer in answers]))
+        every += [(group, r) for _, group, r in sorted(gather(groups), key=lambda found: found[0])]
         mixed = [(group, r) for group, r in every if max(r) > min(r)]
         if len(mixed) == c.prompts:
             break
     return mixed, every, position
 
 
-def dipo_documents(policy, c, groups):
-    """Mixed groups → documents with the columns of Eq. 6-8. Weights and advantages come from the whole batch
-    here, before anything is cut into rows."""
+def dipo_rows(policy, c, groups):
+    """Mixed groups → (this rank's rows with the columns of Eq. 6-8, imbalance, tokens of all ranks).
+
+    Weights and advantages come from the whole batch here, before anything is dealt or cut."""
     A = advantage(torch.tensor([r for _, r in groups]), c.adv_std)                      # [groups, G]
     size = torch.tensor([[t.decoding_steps if c.count == "steps" else len(t.output) for t in group]
                          for group, _ in groups])                                       # [groups, G] |τ|
-    w = trajectory_weights(size, c.objective)                                           # [groups, G]
-    documents = []
-    for t, A_i, w_i in zip([t for group, _ in groups for t in group], A.flatten(), w.flatten()):
-        document = trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id)
-        L = len(t.output)
-        documents.append(document | {"A": A_i.expand(L), "w": w_i.expand(L), "logp_sampler": t.logp})
-    return documents
+    w, A = trajectory_weights(size, c.objective).flatten(), A.flatten()              # [groups · G]
+    trajectories = [t for group, _ in groups for t in group]
+    lengths = [len(t.prompt) + len(t.output) + policy.B * t.decoding_steps for t in trajectories]
+
+    def document(i):
+        t, L = trajectories[i], len(trajectories[i].output)
+        columns = {"A": A[i].expand(L), "w": w[i].expand(L), "logp_sampler": t.logp}
+        return trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id) | columns
+    return *make_rows(policy, lengths, document, c), sum(lengths)
 
 
 def rollout_metrics(mixed, every):
@@ -1314,62 +1582,78 @@ def rollout_metrics(mixed, every):
             "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
 
 
-def train_rl(policy, reference, engine, c, problem, reward):
-    """DiPO on problem(i) → (prompt ids, truth, question). Returns the mean reward of every step."""
-    optimizer, position, rewards, idle = make_optimizer(policy, c), 0, [], 0
-    for step in (bar := tqdm(range(1, c.steps + 1), desc="rl")):
-        seconds, start = {}, time.perf_counter()
-        # (1)-(4) prompts, rollouts, rewards
-        mixed, every, position = dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds)
-        engine.sleep()
-        line = {"stage": "rl", "step": step, "loss": None, "lr": learning_rate(c, step), "grad_norm": None}
-        line |= rollout_metrics(mixed, every) | dict.fromkeys(("kl", "entropy", "clip_fraction", "logp_gap"))
-        rows = make_rows(policy, dipo_documents(policy, c, mixed), c.max_tokens) if mixed else []
-        line["forward_tokens"] = sum(len(row["ids"]) for row in rows)
-        tokens = sum(len(row["reads"]) for row in rows)                 # committed tokens, each read once
-        # π_old: the sampler's in Eq. 6; in Eq. 7, 8 sg[π_θ] (None), or π_θ before the first of the updates
+def rl_step(policy, reference, engine, optimizer, c, problem, reward, step, progress):
+    """One step of DiPO. Returns its line of metrics, with the seconds of its phases."""
+    # (1)-(4) prompts, rollouts, rewards
+    seconds, position = {}, progress["position"]
+    mixed, every, position = dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds)
+    engine.sleep()
+    line = {"stage": "rl", "step": step, "loss": None, "lr": learning_rate(c, step), "grad_norm": None}
+    line |= rollout_metrics(mixed, every) | dict.fromkeys(("kl", "entropy", "clip_fraction", "logp_gap"))
+    rows, line["imbalance"], line["forward_tokens"] = dipo_rows(policy, c, mixed) if mixed else ([], 0.0, 0)
+    tokens = sum(len(t.output) for group, _ in mixed for t in group)            # committed, each read once
+    # π_old: the sampler's in Eq. 6; in Eq. 7, 8 sg[π_θ] (None), or π_θ before the first of the updates
+    for row in rows:
+        with torch.no_grad(), clock(seconds, "seconds_forward"):
+            row["logp_old"] = row["logp_sampler"] if c.objective == "eq6" else None
+            if c.objective != "eq6" and c.updates > 1:
+                row["logp_old"], _ = policy.score(row)
+            row["logp_ref"] = reference.score(row)[0] if reference else None
+    for update in range(c.updates if rows else 0):
+        total = torch.zeros(6, device=policy.device)
         for row in rows:
-            with torch.no_grad(), clock(seconds, "seconds_forward"):
-                row["logp_old"] = row["logp_sampler"] if c.objective == "eq6" else None
-                if c.objective != "eq6" and c.updates > 1:
-                    row["logp_old"], _ = policy.score(row)
-                row["logp_ref"] = reference.score(row)[0] if reference else None
-        for update in range(c.updates if rows else 0):
-            total = torch.zeros(6, device=policy.device)
-            for row in rows:
-                with clock(seconds, "seconds_forward"):                        # (5a)
-                    logp, entropy = policy.score(row)                                   # [R], [R]
-                terms = [logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high]  # (5b)
-                if c.objective == "eq8":
-                    terms.append(row["copy"][row["reads"]] - 1)                         # [R] a view is a step
-                J, clipped = {"eq6": eq6, "eq7": eq7, "eq8": eq8}[c.objective](*terms)
-                kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else logp.new_zeros(())
-                loss = -J + c.beta * kl
-                with clock(seconds, "seconds_backward"):                       # (5c)
-                    loss.backward()
-                gap = (logp - row["logp_sampler"]).abs().sum() / tokens
-                ratios = logp.new_tensor(len(clipped))
-                parts = loss, entropy.sum() / tokens, kl, gap, clipped.sum(), ratios
-                total += torch.stack([x.detach().float() for x in parts])
-            with clock(seconds, "seconds_update"):                             # (5d)
-                line["grad_norm"] = optimizer_step(policy, optimizer, c, step)
-            line["loss"], line["entropy"], kl, gap, clipped, ratios = total.tolist()
-            line |= {"kl": kl if reference else None, "clip_fraction": clipped / ratios}
-            line["logp_gap"] = gap if update == 0 else line["logp_gap"]    # later, the trainer has moved on
-        with clock(seconds, "seconds_weights"):                                # (6)
-            engine.update_weights()
-        rewards.append(line["reward"])
-        bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss']:.4f}" if rows else "none")
-        write_metrics(c, line, {"seconds": time.perf_counter() - start} | seconds)
-        if (line["logp_gap"] or 0) > c.max_logp_gap:
-            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
-                 f"{line['logp_gap']:.3g} on average, above --max-logp-gap {c.max_logp_gap}: their weights, "
-                 "masks or temperatures are not the same")
-        idle = 0 if rows else idle + 1
-        if idle == 20:
-            tqdm.write("20 steps in a row without a group of unequal rewards, so nothing to learn from: try "
-                       "easier or harder problems, a larger --group-size, or more SFT")
-    return rewards
+            with clock(seconds, "seconds_forward"):                            # (5a)
+                logp, entropy = policy.score(row)                                       # [R], [R]
+            terms = [logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high]  # (5b)
+            if c.objective == "eq8":
+                terms.append(row["copy"][row["reads"]] - 1)                             # [R] a view is a step
+            J, clipped = {"eq6": eq6, "eq7": eq7, "eq8": eq8}[c.objective](*terms)
+            kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else logp.new_zeros(())
+            loss = -J + c.beta * kl
+            with clock(seconds, "seconds_backward"):                           # (5c)
+                backward(loss, may_stop=update == 0)
+            gap = (logp - row["logp_sampler"]).abs().sum() / tokens
+            ratios = logp.new_tensor(len(clipped))
+            parts = loss, entropy.sum() / tokens, kl, gap, clipped.sum(), ratios
+            total += torch.stack([x.detach().float() for x in parts])
+        with clock(seconds, "seconds_update"):                                 # (5d)
+            line["grad_norm"] = optimizer_step(policy, optimizer, c, step, progress)
+        line["loss"], line["entropy"], kl, gap, clipped, ratios = all_sum(total).tolist()
+        line |= {"kl": kl if reference else None, "clip_fraction": clipped / ratios}
+        line["logp_gap"] = gap if update == 0 else line["logp_gap"]        # later, the trainer has moved on
+    with clock(seconds, "seconds_weights"):                                    # (6)
+        engine.update_weights()
+    progress |= {"step": step, "position": position, "idle": 0 if rows else progress["idle"] + 1}
+    progress["rewards"].append(line["reward"])
+    return line | {"skipped": progress["skipped"]} | seconds
+
+
+def train_rl(policy, reference, engine, c, problem, reward, held_out):
+    """DiPO on problem(i) → (prompt ids, truth, question). Returns its progress, with every step's reward."""
+    optimizer = make_optimizer(policy, c)
+    progress = resume(policy, optimizer, c)
+    engine.update_weights()
+    with saved_when_stopped(policy, optimizer, c, progress):
+        if held_out and progress["before"] is None:
+            progress["before"] = greedy_accuracy(policy, engine, c, held_out, reward, "before RL")
+        bar = tqdm(range(c.steps), "rl", initial=progress["step"], disable=rank() > 0)
+        for step in range(progress["step"] + 1, c.steps + 1):
+            start = time.perf_counter()
+            line = rl_step(policy, reference, engine, optimizer, c, problem, reward, step, progress)
+            write_metrics(c, line, {"seconds": time.perf_counter() - start})
+            bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss'] or 0:.4f}")
+            bar.update()
+            if (line["logp_gap"] or 0) > c.max_logp_gap:
+                fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
+                     f"{line['logp_gap']:.3g} on average, above --max-logp-gap {c.max_logp_gap}: their "
+                     "weights, masks or temperatures are not the same")
+            if progress["idle"] == 20:
+                say("20 steps in a row without a group of unequal rewards, so nothing to learn from: try "
+                    "easier or harder problems, a larger --group-size, or more SFT")
+            if step % c.save_every == 0 or step == c.steps:
+                save_policy(policy, os.path.join(c.out, "rl"))
+                save_state(policy, optimizer, c, progress)
+    return progress
 
 
 # ---- 9. The stages -----------------------------------------------------------------------------------------
@@ -1377,14 +1661,18 @@ def train_rl(policy, reference, engine, c, problem, reward):
 
 def greedy_accuracy(policy, engine, c, problems, reward, when):
     """Mean reward of greedy answers to (prompt ids, truth, question), printed with five of them."""
-    keys = [(c.seed, "eval", 0, i, 0) for i in range(len(problems))]
-    outputs = engine.generate([ids for ids, _, _ in problems], keys, greedy=True)
+    mine = range(rank(), len(problems), world())
+    keys = [(c.seed, "eval", 0, i, 0) for i in mine]
+    outputs = engine.generate([problems[i][0] for i in mine], keys, greedy=True)
     answers = [policy.tokenizer.decode(t.answer) for t in outputs]
-    rewards = [float(reward(answer, truth)) for answer, (_, truth, _) in zip(answers, problems)]
-    print(f"{when}: greedy accuracy {sum(rewards) / len(rewards):.3f} on {len(rewards)} held-out problems")
-    for (_, truth, question), answer, r in list(zip(problems, answers, rewards))[:5]:
-        print(f"    {question[-40:]!r} -> {answer[-60:]!r}, truth {truth!r}, reward {r:g}", flush=True)
-    return sum(rewards) / len(rewards)
+    judged = [(i, answer, float(reward(answer, problems[i][1]))) for i, answer in zip(mine, answers)]
+    found = sorted(gather(judged))
+    accuracy = sum(r for *_, r in found) / len(found)
+    say(f"{when}: greedy accuracy {accuracy:.3f} on {len(found)} held-out problems")
+    for i, answer, r in found[:5]:
+        _, truth, question = problems[i]
+        say(f"    {question[-40:]!r} -> {answer[-60:]!r}, truth {truth!r}, reward {r:g}")
+    return accuracy
 
 
 def sft_examples(policy, c, chats):
@@ -1422,24 +1710,23 @@ def run_stage(c, folder, records, reward):
     """One stage, from the checkpoint in folder to OUT/sft or OUT/rl."""
     config = read_config(folder, c)
     announce(c, config)
-    target = os.path.join(c.out, c.stage)
     if c.stage == "sft":
         policy = load_policy(folder, replace(c, temperature=1.0), config)    # Eq. 3 is about p_θ itself
         train_sft(policy, c, sft_examples(policy, c, records))
-        save_policy(policy, target)
-        return print(f"sft: {c.steps} steps; checkpoint: {target}", flush=True)
+        return say(f"sft: {c.steps} steps; checkpoint: {os.path.join(c.out, 'sft')}")
     policy = load_policy(folder, c, config)
     reference = load_policy(folder, c, config) if c.beta else None
     problem, held_out = rl_problems(policy, c, records)
     engine = {"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)
-    before = greedy_accuracy(policy, engine, c, held_out, reward, "before RL") if held_out else None
-    rewards = train_rl(policy, reference, engine, c, problem, reward)
-    save_policy(policy, target)
-    after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL") if held_out else None
+    progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
+    accuracy = ""
+    if held_out:
+        after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL")
+        accuracy = f"greedy accuracy {progress['before']:.3f} -> {after:.3f}, "
     engine.close()
-    first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
-    accuracy = f"greedy accuracy {before:.3f} -> {after:.3f}, " if held_out else ""
-    print(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: {target}")
+    first, last = (sum(r) / max(1, len(r)) for r in (progress["rewards"][:5], progress["rewards"][-10:]))
+    say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
+        f"{os.path.join(c.out, 'rl')}")
 
 
 def choose_out(c):
@@ -1452,36 +1739,56 @@ def choose_out(c):
     return next(out for out in (f"runs/tiny-{n}" for n in itertools.count()) if not os.path.exists(out))
 
 
+def finished(c):
+    """Whether OUT has this stage already. Refuses an OUT that holds it half done, or cannot be written."""
+    states, target = saved_states(c), os.path.join(c.out, c.stage)
+    begun = os.path.isdir(state_folder(c))
+    done = os.path.isdir(target) and (not begun or states[-1:] >= [c.steps])
+    if begun and not done and not c.resume:
+        fail(f"{state_folder(c)} holds the stage up to step {max(states, default=0)} of {c.steps}: --resume "
+             "continues it, another --out starts anew")
+    try:
+        os.makedirs(c.out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=c.out):
+            pass
+    except OSError as error:
+        fail(f"--out {c.out}: {error}")
+    return done
+
+
 def main(argv=None):
     given = parse_flags(argv)
     c = configure(given, given.stage or "rl")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("this version trains on one rank: torchrun --nproc_per_node 1 dirl.py")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if int(os.environ.get("WORLD_SIZE", 1)) % (c.hsdp or 1):
+        fail(f"--hsdp {c.hsdp}: must divide the number of ranks, {os.environ.get('WORLD_SIZE', 1)}")
+    if c.resume and c.model == "tiny" and not c.out:
+        fail("--resume: say which run with --out")
     records = c.data and (read_chats if c.stage == "sft" else read_problems)(c.data)
     reward = load_reward(c) if c.stage == "rl" else None
-    c.out = choose_out(c)
-    if os.path.isdir(os.path.join(c.out, c.stage)):
-        print(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
-        return
-    start = os.path.join(c.out, "init") if c.model == "tiny" else find_model(c.model)
-    if c.model != "tiny":
+    tiny, c.out = c.model == "tiny", choose_out(c)
+    start = os.path.join(c.out, "init") if tiny else find_model(c.model)
+    if not tiny:
         read_config(start, c)                                          # refuses before anything is written
-    try:
-        os.makedirs(c.out, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {c.out}: {error}")
-    if c.model == "tiny" and not os.path.exists(os.path.join(start, "model.safetensors")):
+    if finished(c):
+        say(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
+        return
+    given_for_rl = ("steps", "lr", "schedule", "warmup", "data", "max_length")
+    given = argparse.Namespace(**vars(given) | dict.fromkeys(given_for_rl))
+    sft = replace(configure(given, "sft"), out=c.out)
+    sft_first = tiny and c.stage == "rl" and not finished(sft)
+    start_ranks()
+    stop_signal.clear()
+    signal.signal(signal.SIGTERM, lambda *_: stop_signal.set())
+    if tiny and rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
         build_tiny(start, c.block_size, c.seed)
-    if c.model == "tiny" and c.stage == "rl":                          # SFT first, where OUT has none
-        sft = os.path.join(c.out, "sft")
-        if not os.path.isdir(sft):
-            given_for_rl = ("steps", "lr", "schedule", "warmup", "data", "max_length")
-            given = argparse.Namespace(**vars(given) | dict.fromkeys(given_for_rl))
-            run_stage(replace(configure(given, "sft"), out=c.out), start, None, None)
-        start = sft
-    run_stage(c, start, records, reward)
+    all_sum(torch.zeros(1))                                            # it is there for all ranks
+    try:
+        if sft_first:
+            run_stage(sft, start, None, None)
+        run_stage(c, os.path.join(c.out, "sft") if tiny and c.stage == "rl" else start, records, reward)
+    except Stopped:
+        say(f"stopped by SIGTERM; --resume --out {c.out} goes on from the last completed step")
+        sys.exit(143)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ import math
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +138,11 @@ def gradient(model, value):
     parameters = list(model.parameters())
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads)])
+
+
+def rows_of(policy, documents, max_tokens):
+    lengths = [len(d["ids"]) for d in documents]
+    return dirl.make_rows(policy, lengths, documents.__getitem__, SimpleNamespace(max_tokens=max_tokens))[0]
 
 
 def documents_of(policy, trajectories):
@@ -314,7 +322,7 @@ def test_sft_loss_equals_a_transcription_of_eq_3(policies, B):
             for p in range(k * B, (k + 1) * B):                    # Σ_j 1[MASK] CE
                 if noisy[p] == policy.mask_id:
                     total = total - log_pi[p, tokens[p]] / t
-    rows = dirl.make_rows(policy, documents, 60)
+    rows = rows_of(policy, documents, 60)
     loss = sum(dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens) for row in rows)
     slow, fast = gradient(policy.model, total / answer_tokens), gradient(policy.model, loss)
     assert torch.isclose(loss, total / answer_tokens, rtol=1e-4)
@@ -427,7 +435,7 @@ def test_packed_scores_equal_step_by_step_scores(policies, B, rule, per_step):
             assert (P + L) % B == 0 and len(d["ids"]) == P + L + B * views and len(d["reads"]) == L
             assert t.decoding_steps == views
         with torch.no_grad():
-            rows = dirl.make_rows(policy, [d | {"at": torch.tensor([i] * len(d["reads"]))}
+            rows = rows_of(policy, [d | {"at": torch.tensor([i] * len(d["reads"]))}
                                            for i, d in enumerate(documents)], 60)
             assert len(rows) > 1
             for row in rows:
@@ -640,7 +648,7 @@ def test_gradient_does_not_depend_on_max_tokens(policies, objective):
     groups = [(flat[:4], [1.0, 0.0, 0.0, 0.5]), (flat[4:], [0.0, 1.0, 1.0, 1.0])]
     gradients = []
     for max_tokens in (1, 150, 10**6):
-        rows = dirl.make_rows(policy, dirl.dipo_documents(policy, c, groups), max_tokens)
+        rows, _, _ = dirl.dipo_rows(policy, replace(c, max_tokens=max_tokens), groups)
         J = 0.0
         for row in rows:
             logp, _ = policy.score(row)
@@ -655,7 +663,7 @@ def test_gradient_does_not_depend_on_max_tokens(policies, objective):
 def test_gradient_checkpointing_changes_nothing(policies):
     policy = policies(4)
     _, trajectories = rollouts(policy, n=4)
-    row = dirl.make_rows(policy, documents_of(policy, trajectories), 10**6)[0]
+    row = rows_of(policy, documents_of(policy, trajectories), 10**6)[0]
     plain = gradient(policy.model, policy.score(row)[0].sum())
     policy.model.activation_checkpointing_enable({"use_reentrant": False})
     try:
@@ -770,7 +778,7 @@ def dipo_gradient(policy, tables, coefficients):
     documents = [d | {"A": torch.ones(3, dtype=torch.float64), "w": factor.expand(3)}
                  for table, factors in zip(tables, coefficients) for d, factor in zip(table.documents, factors)]
     J = 0.0
-    for row in dirl.make_rows(policy, documents, 600):
+    for row in rows_of(policy, documents, 600):
         J = J + dirl.eq8(policy.score(row)[0], None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
     return gradient(policy.model, J)
 
@@ -1344,7 +1352,7 @@ def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_fact
     monkeypatch.chdir(work)
     places = {"DATA": str(work / "data.jsonl"), "OTHER": policies(4).folder}
     assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {
-        "out", "engine", "engine-memory", "max-logp-gap"}           # in the tests of runs, and of LMDeploy
+        "out", "engine", "engine-memory", "max-logp-gap", "hsdp", "save-every", "resume"}     # in tests of their own
     same = None
     for name, (stage, besides, *values) in FLAGS.items():
         short = {"--steps": 1, "--warmup": 0, "--lr": 1e-3, "--seed": 0}
@@ -1394,39 +1402,89 @@ def test_learning_rate():
 
 
 def bad_inputs(tmp_path):
+    """[(flags, what the line must name)]"""
     def write(name, text):
+        os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
         (tmp_path / name).write_text(text)
         return str(tmp_path / name)
-    os.makedirs(tmp_path / "moe")
-    write("moe/config.json", '{"model_type": "sdar_moe"}')
-    return [(["--step", "3"], "--step"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"),
-            (["--lr", "nan"], "--lr"), (["--objective", "eq9"], "--objective"), (["--group-size", "1"], "--group-size"),
-            (["--beta", "0.1"], "--beta"), (["--tokens-per-step", "3"], "--tokens-per-step"),
-            (["--engine-memory", "2"], "--engine-memory"), (["--max-logp-gap", "-1"], "--max-logp-gap"),
-            (["--engine", "lmdeploy"] if not torch.cuda.is_available() else ["--engine", "vllm"], "--engine"),
-            (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "nowhere"), (["extra"], "extra"),
-            (["--model", str(tmp_path)], "config.json"), (["--model", str(tmp_path / "moe")], "sdar_moe"),
-            (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
-            (["--data", write("broken.jsonl", '{"question": "a", "answer": "1"}\n{')], "broken.jsonl"),
-            (["--data", write("list.jsonl", "[1]")], "line 1"), (["--data", write("number.json", "3")], "number.json"),
-            (["--data", write("no.jsonl", '{"question": "a", "answer": "1"}\n{"question": "a"}')], "line 2"),
-            (["--stage", "sft", "--data", write("chat.json", '[{"messages": []}]')], "record 1"),
-            (["--stage", "sft", "--data", write("chat2.json", '[{"messages": [{"role": "user"}]}]')], "record 1"),
-            (["--reward", "nothing"], "--reward"), (["--reward", "json:nothing"], "--reward"),
-            (["--reward", "no.module:f"], "--reward")]
+
+    def model(name, **changes):
+        sizes = dict(vocab_size=262, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=32, mask_token_id=258, eos_token_id=256, block_size=4, model_type="sdar")
+        config = {k: v for k, v in (sizes | changes).items() if v is not None}
+        return os.path.dirname(write(f"{name}/config.json", json.dumps(config)))
+    good = '{"question": "a", "answer": "1"}\n'
+    sft = ["--stage", "sft", "--data"]
+    flag_cases = [
+        (["--step", "3"], "--step"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"), (["--lr", "nan"], "--lr"),
+        (["--lr", "-1e-3"], "--lr"), (["--objective", "eq9"], "--objective"), (["--group-size", "1"], "--group-size"),
+        (["--beta", "0.1"], "--beta"), (["--tokens-per-step", "3"], "--tokens-per-step"), (["--temperature", "0"], "--temperature"),
+        (["--model", "nowhere"], "nowhere"), (["extra"], "extra"), (["--engine-memory", "2"], "--engine-memory"),
+        (["--max-logp-gap", "-1"], "--max-logp-gap"), (["--confidence", "top2"], "--confidence"), (["--unmask", "random"], "--unmask"),
+        (["--stage", "dpo"], "--stage"), (["--prompts", "0"], "--prompts"), (["--save-every", "0"], "--save-every"),
+        (["--seed", "1.5"], "--seed"), (["--hsdp", "2"], "--hsdp"), (["--recipe", "mine"], "--recipe"), (["--eps", "inf"], "--eps"),
+        (["--engine", "vllm" if torch.cuda.is_available() else "lmdeploy"], "--engine"), (["--reward", "nothing"], "--reward"),
+        (["--reward", "json:nothing"], "--reward"), (["--reward", "no.module:f"], "--reward")]
+    file_cases = [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
+        (["--data", write("broken.jsonl", good + "{")], "broken.jsonl"), (["--data", write("list.jsonl", "[1]")], "line 1"),
+        (["--data", write("number.json", "3")], "number.json"), (["--data", write("no.jsonl", good + '{"question": "a"}')], "line 2"),
+        (["--data", write("names.jsonl", '{"ask": "a", "answer": "1"}')], "line 1"), (["--data", str(tmp_path)], str(tmp_path)),
+        (["--data", write("null.jsonl", good + '{"question": null, "answer": "1"}')], "line 2"),
+        (["--data", write("blank.jsonl", '{"question": "a", "answer": "####"}')], "line 1"),
+        (["--data", write("latin.jsonl", good).replace("latin", "bytes")], "bytes.jsonl"),
+        ([*sft, write("chat.json", '[{"messages": []}]')], "record 1"), ([*sft, write("pair.json", '[{"question": "a"}]')], "record 1"),
+        ([*sft, write("role.json", '[{"messages": [{"role": "user"}]}]')], "record 1"),
+        ([*sft, write("user.json", '[{"messages": [{"role": "user", "content": "a"}]}]')], "record 1"),
+        (["--model", str(tmp_path)], "config.json"), (["--model", model("moe", model_type="sdar_moe")], "sdar_moe"),
+        (["--model", os.path.dirname(write("json/config.json", "[1, 2]"))], "config.json"),
+        (["--model", model("mask", mask_token_id=262)], "mask_token_id 262"), (["--model", model("none", head_dim=None)], "head_dim"),
+        (["--model", model("text", hidden_size="wide")], "hidden_size"), (["--model", model("block"), "--block-size", "8"], "--block-size 8"),
+        (["--model", model("large", num_hidden_layers=20000, hidden_size=4096, intermediate_size=12288, num_attention_heads=32)],
+         "GB of memory"),
+        (["--out", os.path.join(write("file", "kept"), "run")], "--out"), (["--resume"], "--resume")]
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}')
+    return flag_cases + file_cases
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for argv, culprit in bad_inputs(tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            dirl.main([*argv, "--out", str(tmp_path / "never")])
-        captured = capsys.readouterr()
-        assert stop.value.code == 2 and captured.err.count("\n") == 1 and culprit in captured.err, (argv, captured.err)
-        assert not os.path.exists(tmp_path / "never") and captured.out == ""
-    done = subprocess.run([sys.executable, os.path.join(HERE, "dirl.py"), "--objective", "eq9"], capture_output=True,
-                          text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+FORK = """import json, os, sys
+import dirl
+for i, argv in enumerate(json.load(open(sys.argv[1]))):             # one import of torch for all; a process for each
+    if os.fork() == 0:
+        for fd in (1, 2):
+            os.dup2(os.open(f"{sys.argv[1]}.{i}.{fd}", os.O_CREAT | os.O_WRONLY), fd)
+        assert "transformers" not in sys.modules
+        try:
+            dirl.main(argv)
+        except SystemExit as stop:
+            sys.stdout.flush()
+            os._exit(stop.code)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    print(code, flush=True)
+"""
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tmp_path_factory):
+    """Each in a process of its own, some with `python dirl.py` from the start; nothing is written or lost."""
+    cases, logs = bad_inputs(tmp_path), tmp_path_factory.mktemp("logs")
+    before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    argvs = [argv + ([] if "--out" in argv or "--resume" in argv else ["--out", str(tmp_path / "never")]) for argv, _ in cases]
+    (logs / "argv").write_text(json.dumps(argvs))
+    codes = subprocess.run([sys.executable, "-c", FORK, str(logs / "argv")], stdout=subprocess.PIPE, text=True, cwd=tmp_path, check=True,
+                           env=os.environ | {"PYTHONPATH": HERE}).stdout.split()
+    results = [(int(code), *((logs / f"argv.{i}.{fd}").read_text() for fd in (1, 2))) for i, code in enumerate(codes)]
+    assert len(results) == len(cases) >= 40
+
+    def whole(argv):
+        done = subprocess.run([sys.executable, os.path.join(HERE, "dirl.py"), *argv], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(whole, argvs[::9])) == results[::9]
+    for (argv, culprit), (code, out, err) in zip(cases, results):
+        assert code == 2 and out == "" and err.count("\n") == 1 and culprit in err and "Traceback" not in err, (argv, code, err)
+    assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    done = subprocess.run(torchrun(2, "--objective", "eq9"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("dirl.py: error: argument --objective: invalid choice: 'eq9'") == 1
 
 
 def test_help_names_the_papers_values(capsys):
@@ -1455,18 +1513,11 @@ def test_sft_on_chats_then_rl_on_problems_with_python(tmp_path, capsys, monkeypa
     line = metrics("run", "rl")[0]                                  # every group flat: no step, null
     assert line["loss"] is None and line["grad_norm"] is None and line["groups_dropped"] == 1 and line["reward"] == 0
     before = open("run/metrics.jsonl").read()
-    dirl.main(["--stage", "rl", "--model", "run/sft"])
+    dirl.main(["--stage", "rl", "--model", "run/sft", "--steps", "21"])
     assert "run/rl exists" in capsys.readouterr().out and open("run/metrics.jsonl").read() == before
     with pytest.raises(SystemExit):
         dirl.main(["--stage", "sft", "--model", "run/sft", "--block-size", "8", "--out", "other"])
     assert "--block-size 8" in capsys.readouterr().err
-
-
-def test_torchrun_of_several_ranks_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        dirl.main([])
-    assert "one rank" in capsys.readouterr().err
 
 
 def test_default_run_learns(trained):
@@ -1480,10 +1531,12 @@ def test_default_run_learns(trained):
     assert all(line["logp_gap"] < 1e-4 for line in lines)
     expected = {"stage", "step", "loss", "lr", "grad_norm", "seconds", "reward", "kl", "entropy", "clip_fraction",
                 "tokens_per_step", "output_length", "truncated", "groups_dropped", "duplicates", "forward_tokens", "logp_gap",
-                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update", "seconds_weights"}
+                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update", "seconds_weights",
+                "imbalance", "skipped"}
     assert all(set(line) == expected for line in lines) and [line["step"] for line in lines] == list(range(1, 61))
-    assert set(metrics(trained, "sft")[0]) == {"stage", "step", "loss", "lr", "grad_norm", "forward_tokens", "seconds"}
-    assert sorted(os.listdir(trained)) == ["init", "metrics.jsonl", "rl", "sft"]
+    assert set(metrics(trained, "sft")[0]) == {"stage", "step", "loss", "lr", "grad_norm", "forward_tokens", "seconds", "imbalance",
+                                                    "skipped"}
+    assert sorted(os.listdir(trained)) == ["init", "metrics.jsonl", "rl", "rl.state", "sft", "sft.state"]
 
 
 def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
@@ -1502,6 +1555,233 @@ def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
         accuracy.append(sum(dirl.arithmetic_reward(policy.tokenizer.decode(t.answer), truth)
                             for t, (_, _, truth) in zip(trajectories, problems)) / 256)
     assert accuracy[1] < accuracy[0] + 0.15 and accuracy[2] > accuracy[0] + 0.30
+
+
+# ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
+
+
+def torchrun(n, *argv, script="dirl.py"):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
+            os.path.join(HERE, script), *map(str, argv)] if n > 1 else [sys.executable, os.path.join(HERE, script), *map(str, argv)]
+
+
+def rank_worker(folder, file, hsdp):
+    """Gradients of SFT and of DiPO on the same trajectories, on however many ranks there are."""
+    from safetensors.torch import save_file
+    dirl.start_ranks()
+    c = flags("--max-tokens", 100, *(["--hsdp", hsdp] if int(hsdp) else []))
+    policy, g, found = dirl.load_policy(folder, c, dirl.read_config(folder, c)), torch.Generator().manual_seed(0), {}
+
+    def keep(name, rows, loss_of):
+        policy.model.zero_grad()
+        total = torch.zeros(1)
+        for row in rows:
+            loss = loss_of(row)
+            dirl.backward(loss)
+            total += loss.detach()
+        found[name + " loss"] = dirl.all_sum(total)
+        found[name + " rows"] = torch.tensor(len(rows))
+        for parameter, p in policy.model.named_parameters():
+            found[f"{name} {parameter}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    documents, answer_tokens = [], 0
+    for P in range(3, 10):
+        tokens = torch.randint(0, 200, (24,), generator=g)
+        K = 6 - P // 4
+        documents.append(dirl.noised_document(tokens, P, torch.rand(K, generator=g), torch.rand(K, 4, generator=g), 4, policy.mask_id))
+        answer_tokens += 24 - P
+    for name, n in (("sft", 7), ("sft of one example", 1)):
+        keep(name, rows_of(policy, documents[:n], 100), lambda row: dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens))
+    groups = []
+    for r in ([1.0, 0.0, 0.0], [0.5, 0.0, 1.0]):
+        group = []
+        for _ in r:
+            prompt, output, steps = random_trajectory(g, 6, 10 + 4 * int(torch.randint(0, 4, (), generator=g)), 4)
+            logp = -3 * torch.rand(len(output), generator=g)
+            blocks = torch.cat([torch.zeros(6, dtype=torch.long), steps]).view(-1, 4).amax(1)
+            group.append(dirl.Trajectory(prompt, output, steps, logp, output, True, int(blocks.sum())))
+        groups.append((group, r))
+    for objective, n in itertools.product(("eq6", "eq7", "eq8"), (2, 1)):
+        def loss_of(row):
+            view = (row["copy"][row["reads"]] - 1,) if objective == "eq8" else ()
+            old = row["logp_sampler"] if objective == "eq6" else None
+            return -getattr(dirl, objective)(policy.score(row)[0], old, row["A"], row["w"], 0.2, 0.2, *view)[0]
+        chosen = groups if n == 2 else [(groups[0][0][:2], groups[0][1][:2])]      # of two trajectories: a third rank has none
+        keep(f"{objective} {n}", dirl.dipo_rows(policy, replace(c, objective=objective), chosen)[0], loss_of)
+    if dirl.rank() == 0:
+        save_file(found, file)
+
+
+def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
+    from safetensors.torch import load_file
+    results = {}
+    for n, hsdp in ((1, 0), (2, 0), (3, 0), (4, 2)):
+        file = str(tmp_path / f"{n}.safetensors")
+        subprocess.run(torchrun(n, "--rank-worker", policies(4).folder, file, hsdp, script="test_dirl.py"), check=True, timeout=300,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        results[n] = load_file(file)
+    one = results.pop(1)
+    for n, found in results.items():
+        assert found.keys() == one.keys()
+        for name in ("sft", "sft of one example", *(f"eq{e} {k}" for e in (6, 7, 8) for k in (1, 2))):
+            assert torch.isclose(found[name + " loss"], one[name + " loss"], rtol=1e-5, atol=1e-8)
+            names = [x for x in one if x.startswith(name + " ") and x.split()[-1] not in ("loss", "rows")]
+            a, b = (torch.cat([r[x].flatten() for x in names]) for r in (one, found))
+            assert (a - b).norm() < 1e-5 * a.norm() and a.norm() > 0, (n, name)
+            assert found[name + " rows"] <= one[name + " rows"]
+
+
+def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(50, 900, (64,), generator=g).tolist()
+    monkeypatch.setattr(dirl, "world", lambda: 4)
+    plans = []
+    for r in range(4):
+        monkeypatch.setattr(dirl, "rank", lambda: r)
+        rows, imbalance = dirl.deal(lengths, 1000)
+        plans.append(rows)
+    assert sorted(i for rows in plans for row in rows for i in row) == list(range(64))
+    assert len({len(rows) for rows in plans}) == 1 and all(sum(lengths[i] for i in row) <= 1000 for rows in plans for row in rows)
+    loads = [sum(lengths[i] for row in rows for i in row) for rows in plans]
+    assert math.isclose(imbalance, max(loads) / (sum(loads) / 4) - 1) and imbalance < 0.05
+    assert dirl.deal([5], 10)[1] == 3.0
+
+
+SHORT_RL = ("--stage", "rl", "--steps", "6", "--warmup", "0", "--lr", "1e-3", "--prompts", "3", "--group-size", "4",
+            "--max-new-tokens", "24", "--max-attempts", "1", "--held-out", "8", "--save-every", "2")
+
+
+def lines_without_seconds(out, stage="rl"):
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(out, stage)]
+
+
+def started(command, log, **more):
+    """A run in a process group of its own, its output in a file."""
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def killed_when(command, condition, log, how=signal.SIGKILL):
+    """Start a run, wait for a moment, kill it; the exit code."""
+    with open(log, "a") as file:
+        run, end = started(command, file), time.time() + 240
+        while not condition() and run.poll() is None and time.time() < end:
+            time.sleep(0.001)
+        assert run.poll() is None and time.time() < end, open(log).read()[-2000:]
+        os.killpg(run.pid, how) if how == signal.SIGKILL else run.send_signal(how)
+        return run.wait(timeout=90)
+
+
+def count(out):
+    try:
+        return sum(1 for _ in open(os.path.join(out, "metrics.jsonl")))
+    except OSError:
+        return 0
+
+
+def killed_and_resumed(start, tmp_path, ranks):
+    """Killed between steps, in a save, right after one; each time resumed. Returns the metrics and the undisturbed run's."""
+    whole, out, log = (str(tmp_path / name) for name in ("whole", "killed", "log"))
+    with open(log, "a") as file:
+        assert started(torchrun(ranks, *SHORT_RL, "--model", start, "--out", whole), file).wait(timeout=240) == 0
+    state = os.path.join(out, "rl.state")
+    command = torchrun(ranks, *SHORT_RL, "--model", start, "--out", out)
+    killed_when(command, lambda: count(out) == 1, log)               # before anything was saved
+    killed_when(command + ["--resume"], lambda: os.path.isdir(os.path.join(state, "2.tmp")), log)          # in a save
+    killed_when(command + ["--resume"], lambda: count(out) >= 3, log)
+    killed_when(command + ["--resume"], lambda: os.path.isdir(os.path.join(state, "4")), log)
+    with open(log, "a") as file:
+        assert started(command + ["--resume"], file).wait(timeout=240) == 0, open(log).read()[-2000:]
+    assert sorted(os.listdir(state)) == ["4", "6"] and not os.path.exists(os.path.join(out, "rl.tmp"))
+    return lines_without_seconds(out), lines_without_seconds(whole), out, whole, log
+
+
+def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tmp_path):
+    from safetensors.torch import load_file
+    found, expected, out, whole, log = killed_and_resumed(os.path.join(trained, "sft"), tmp_path, ranks=1)
+    assert found == expected and len(found) == 6
+    a, b = (load_file(os.path.join(x, "rl", "model.safetensors")) for x in (out, whole))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    last = [open(os.path.join(x, "metrics.jsonl")).read().count("\n") for x in (out, whole)]
+    assert last == [6, 6]
+    done = subprocess.run(torchrun(1, *SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", out), capture_output=True, text=True)
+    assert done.returncode == 0 and "finished" in done.stdout
+    more = ["8" if x == "6" else x for x in SHORT_RL]                # a finished stage can be prolonged
+    refused = subprocess.run(torchrun(1, *more, "--model", os.path.join(trained, "sft"), "--out", out), capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr and refused.stderr.count("\n") == 1
+    subprocess.run(torchrun(2, *more, "--model", os.path.join(trained, "sft"), "--out", out, "--resume"), check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)            # and on another number of ranks
+    assert [line["step"] for line in lines_without_seconds(out)] == list(range(1, 9)) and lines_without_seconds(out)[:6] == found
+
+
+SLOW = """import sys, time
+calls = 0
+def reward(answer, truth):
+    global calls
+    calls += 1
+    run = sys.modules["__main__"]
+    if calls == 24 // run.world() and not "--resume" in sys.argv:   # two steps are done: from now on rollouts take long
+        denoise = run.denoise
+        run.denoise = lambda *args: (time.sleep(1), denoise(*args))[1]
+    return calls % 2
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_in_a_long_rollout_saves_the_last_completed_step(trained, tmp_path, ranks):
+    (tmp_path / "slow.py").write_text(SLOW)
+    out, log = str(tmp_path / "run"), str(tmp_path / "log")
+    command = torchrun(ranks, *SHORT_RL[:-2], "--held-out", "0", "--prompts", "2", "--model", os.path.join(trained, "sft"), "--out", out,
+                       "--reward", "slow:reward")
+    command = ["env", f"PYTHONPATH={tmp_path}", *command]
+    begin = time.time()
+    moment = lambda: count(out) >= 2 and time.time() > begin + 1     # noqa: E731
+    code = killed_when(command, moment, log, signal.SIGTERM)
+    assert code != 0 and os.listdir(os.path.join(out, "rl.state")) == [str(count(out))], open(log).read()[-3000:]
+    steps = count(out)
+    assert 2 <= steps < 6 and "stopped by SIGTERM" in open(log).read()
+    with open(log, "a") as file:
+        assert started(command + ["--resume"], file).wait(timeout=240) == 0, open(log).read()[-2000:]
+    assert [line["step"] for line in metrics(out, "rl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rank_that_raises_ends_all_with_its_message(trained, tmp_path):
+    (tmp_path / "broken.py").write_text("import os\ndef reward(answer, truth):\n    if os.environ['RANK'] == '1':\n"
+                                        "        raise ValueError('the reward of rank one broke')\n    return 0\n")
+    start = time.time()
+    done = subprocess.run(torchrun(2, *SHORT_RL, "--held-out", "0", "--model", os.path.join(trained, "sft"), "--out", str(tmp_path / "run"),
+                                   "--reward", "broken:reward"), capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode != 0 and "the reward of rank one broke" in done.stderr and time.time() - start < 60
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_end(trained, tmp_path, monkeypatch, capsys):
+    calls, eq8 = [], dirl.eq8
+
+    def sometimes(*terms):
+        calls.append(1)
+        J, clipped = eq8(*terms)
+        return J * (float("nan") if bad(len(calls)) else 1), clipped
+    monkeypatch.setattr(dirl, "eq8", sometimes)
+    argv = [*SHORT_RL, "--max-tokens", "100000", "--model", os.path.join(trained, "sft"), "--out"]
+    bad = lambda call: call in (2, 4, 5)                             # noqa: E731
+    dirl.main([*argv, str(tmp_path / "some")])
+    lines = metrics(str(tmp_path / "some"), "rl")
+    trains = [line for line in lines if line["forward_tokens"]]
+    assert [line["grad_norm"] is None for line in trains[:6]] == [False, True, False, True, True, False][:len(trains)]
+    assert [line["skipped"] for line in trains[:5]] == [0, 1, 1, 2, 3] and trains[1]["loss"] is None
+    calls.clear()
+    bad = lambda call: call > 2                                      # noqa: E731
+    with pytest.raises(SystemExit) as stop:
+        dirl.main([*argv, str(tmp_path / "end")])
+    assert stop.value.code == 2 and "third gradient in a row" in capsys.readouterr().err
+    assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
+
+
+def soak(start):
+    """Kill and resume on two ranks, several times over."""
+    for n in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            found, expected, *_ = killed_and_resumed(start, Path(folder), ranks=2)
+            print(f"round {n}: {'the same metrics, bit for bit' if found == expected else 'DIFFERENT'}", flush=True)
 
 
 # ---- python test_dirl.py --bench: what a forward costs ------------------------------------------------------------
@@ -1524,7 +1804,8 @@ def bench_policy():
         model.lm_head.weight *= 4                                   # logits that differ by a few nats, as a trained model's
     if cuda:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return dirl.Policy(model, None, None, 4, vocab - 1, 0, 0, 1.0)
+    dirl.start_ranks()
+    return dirl.Policy(dirl.shard(model, flags()), None, None, 4, vocab - 1, 0, 0, 1.0)
 
 
 def bench_trajectories(lengths, per_step, scale):
@@ -1578,7 +1859,7 @@ def bench_one(layout, lengths, per_step, scale, file):
         else:
             for row in authors_rows((prompt, output, steps), (1024 + 8192) // int(scale), layout == "authors", policy.mask_id):
                 rows.append(row | {"which": torch.full_like(row["at"], i)})
-    rows += dirl.make_rows(policy, documents, 16384 // int(scale))
+    rows += rows_of(policy, documents, 16384 // int(scale))
     rows = [{name: x.to(policy.device) for name, x in row.items()} for row in rows]
     A = torch.randn(len(trajectories), generator=torch.Generator().manual_seed(2)).to(policy.device) / total
     found = [torch.zeros(len(output), device=policy.device) for _, output, _ in trajectories]
@@ -1598,7 +1879,9 @@ def bench_one(layout, lengths, per_step, scale, file):
         start = time.perf_counter()
         forward_and_backward()
         seconds.append(time.perf_counter() - start)
-    save_file({name: p.grad.cpu() for name, p in policy.model.named_parameters()} | {"logp": torch.cat(found).cpu()}, file)
+    grads = {name: p.grad for name, p in policy.model.named_parameters()}
+    grads = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}      # FSDP's, on CUDA
+    save_file({name: x.cpu() for name, x in (grads | {"logp": torch.cat(found)}).items()}, file)
     print(json.dumps({"tokens": sum(len(row["ids"]) for row in rows), "seconds": statistics.median(seconds[1:]),
                       "gigabytes": (peak_memory() - before) / 1e9}))
 
@@ -1707,7 +1990,7 @@ def rollout_table():
             engine.update_weights()
             seconds.append(time.perf_counter() - start)             # the first wakes it up: weights, cache, graphs
         with torch.no_grad():
-            row = dirl.make_rows(policy, documents_of(policy, found[:4]), 10**6)[0]
+            row = rows_of(policy, documents_of(policy, found[:4]), 10**6)[0]
             logp = policy.score(row)[0].cpu()
         order = dirl.pack([len(d["ids"]) for d in documents_of(policy, found[:4])], 10**6)[0]
         gap = (logp - torch.cat([found[i].logp for i in order])).abs().mean()
@@ -1739,19 +2022,22 @@ def last_line(*argv):
 
 def one_step_errors(folder, seed, rule):
     """Of the committed tokens of 32 groups sampled from a checkpoint: one-step against exact log-probabilities."""
-    c = replace(flags("--seed", seed, "--prompts", 32, "--unmask", rule), max_attempts=1)
+    c = replace(flags("--seed", seed, "--prompts", 32, "--unmask", rule), max_attempts=1, max_tokens=1)
     policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
-    _, groups, _ = dirl.dynamic_sampling(policy, c, dirl.rl_problems(policy, c, None)[0], dirl.arithmetic_reward, 0, 10**6, {})
+    _, groups, _ = dirl.dynamic_sampling(policy, dirl.TorchEngine(policy, c), c, dirl.rl_problems(policy, c, None)[0], dirl.arithmetic_reward, 0, 10**6, {})
     logp, gradients = [], []
     for score_as in (TRAJECTORY_DOCUMENT, one_step_document):
         dirl.trajectory_document = score_as
-        rows = [dirl.join([document]) for document in dirl.dipo_documents(policy, c, groups)]
+        rows, _, _ = dirl.dipo_rows(policy, c, groups)              # one trajectory a row, the longest first
         dirl.trajectory_document = TRAJECTORY_DOCUMENT
         values = [policy.score(row)[0] for row in rows]
         J = sum(dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0] for value, row in zip(values, rows))
         logp.append(torch.cat(values).detach())
         gradients.append(gradient(policy.model, J))
-    steps, error = torch.cat([t.steps for group, _ in groups for t in group]), (logp[1] - logp[0]).abs()
+    trajectories = [t for group, _ in groups for t in group]
+    order = sorted(range(len(trajectories)), key=lambda i: -len(trajectories[i].prompt) - len(trajectories[i].output)
+                   - policy.B * trajectories[i].decoding_steps)
+    steps, error = torch.cat([trajectories[i].steps for i in order]), (logp[1] - logp[0]).abs()
     for s in steps.unique().tolist():
         e = error[steps == s]
         print(f"    committed at step {s}: {len(e) / len(error):4.0%} of the tokens; |one-step - exact| log π in nats: "
@@ -1780,6 +2066,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
     parser.add_argument("--bench", action="store_true", help="the authors' layout and ours: tokens, seconds, memory")
     parser.add_argument("--bench-one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--soak", metavar="CHECKPOINT", help="kill and resume RL from this checkpoint on two ranks, over and over")
     parser.add_argument("--one-step", action="store_true", help="one-step log-probabilities against exact ones, RL with both")
     parser.add_argument("--rollouts", action="store_true", help="LMDeploy: tokens/s with and without the hook, weight update")
     given = parser.parse_args()
@@ -1787,6 +2075,10 @@ if __name__ == "__main__":
         bench()
     elif given.one_step:
         one_step()
+    elif given.rank_worker:
+        rank_worker(*given.rank_worker)
+    elif given.soak:
+        soak(given.soak)
     elif given.rollouts:
         rollout_table()
     elif given.bench_one:
