@@ -318,7 +318,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 
 import torch.distributed as dist
@@ -345,7 +345,7 @@ class Config:
     out: str = flag(None, "folder of the run: metrics.jsonl, checkpoints; else under runs/")
     recipe: str = flag(None, "paper: its values for the flags not given", choices=("paper",))
     seed: int = flag(0, "of every random draw", least=0)
-    steps: int = flag(None, "optimizer steps of sft, rollout steps of rl", "sft 100, rl 40", least=0)
+    steps: int = flag(None, "optimizer steps of sft, rollout steps of rl", "sft 100, rl 40", least=1)
     lr: float = flag(None, "peak learning rate of AdamW", "sft 1e-5, rl 1e-6", least=0)
     schedule: str = flag(None, "learning rate after warm-up", "sft cosine", ("constant", "cosine"))
     warmup: int = flag(None, "steps of linear warm-up", "10 (authors' code)", least=0)
@@ -397,8 +397,8 @@ PRESETS = {
 
 
 def fail(message):
-    """Bad input: one line, from one of the ranks, and exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Bad input: one line, exit code 2. Until the ranks have met all have the same to say: one says it."""
+    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
         print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -593,7 +593,7 @@ def load_reward(c):
 
 def attention(module, query, key, value, mask, scaling, **unused):
     """What Qwen3 calls: FlexAttention under a BlockMask, else SDPA under `strips` or a mask (in decoding)."""
-    query, key = query.to(value.dtype), key.to(value.dtype)    # autocast leaves them float32 after their norm
+    query, key = query.to(value.dtype), key.to(value.dtype)            # whatever their norms made of them
     if isinstance(mask, BlockMask):
         out = flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     else:                                      # under a mask, enable_gqa would leave the fast kernels on CUDA
@@ -744,7 +744,7 @@ def load_policy(folder, c, config):
 def save_policy(policy, folder):
     """A checkpoint in SDAR format: the weights, and the source folder's other small files byte for byte.
 
-    It is written aside and renamed, so that a folder of that name is always a whole checkpoint."""
+    It is written aside and renamed, so that a folder of that name is a whole checkpoint."""
     from huggingface_hub import save_torch_state_dict
     config = read_json(os.path.join(policy.folder, "config.json"))
     dtype = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
@@ -763,7 +763,7 @@ def save_policy(policy, folder):
 
 @contextmanager
 def written_aside(folder):
-    """A folder to write in, which then takes the place of `folder`, at once or not at all."""
+    """A folder to write in, which then takes the place of `folder` as a whole."""
     shutil.rmtree(folder + ".tmp", ignore_errors=True)
     os.makedirs(folder + ".tmp")
     yield folder + ".tmp"
@@ -1015,7 +1015,7 @@ def hook_lmdeploy(policy, c, requests, finished):
             position = start[:, None] + torch.arange(B, device=start.device)
             seed, temperature = extra_inputs.request.unbind(1)
             token, new, logp = denoise(logits.view(len(ids), B, -1), masked, position, seed.long(),
-                                       temperature[:, None, None], policy.mask_id, c)
+                                       temperature.float()[:, None, None], policy.mask_id, c)
             state = torch.where(new, DLLM_UNMASKED, torch.where(whole, DLLM_CACHED, state))
             extra_inputs = ExtraInputs(state.flatten(), extra_inputs.request, logp)
             return torch.where(new, token, ids).flatten(), extra_inputs
@@ -1072,7 +1072,8 @@ def hook_lmdeploy(policy, c, requests, finished):
 class LMDeployEngine:
     """LMDeploy's PyTorch engine in this process, on this rank's GPU, its loop in a thread of its own.
 
-    Token ids in, trajectories out; `sleep` frees its memory for training, `update_weights` wakes it up."""
+    Token ids in, trajectories out; `sleep` frees its memory for training, after which `update_weights` also
+    wakes it up, weights first, then cache."""
     tested = ("0.18.0",)
 
     def __init__(self, policy, c, **options):
@@ -1105,11 +1106,10 @@ class LMDeployEngine:
         self.instance, self.sessions = self.engine.create_instance(), itertools.count()
         self.update_weights()
 
-    def run(self, coroutine):
+    def run(self, coroutine, may_stop=False):
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        while not future.done():
-            wait([future], timeout=0.5)
-            if stop_signal.is_set() and future.cancel():
+        while not wait([future], timeout=0.5).done:
+            if may_stop and stop_signal.is_set() and future.cancel():
                 raise Stopped
         return future.result()
 
@@ -1140,7 +1140,7 @@ class LMDeployEngine:
 
         async def every():
             return await asyncio.gather(*map(one, range(n)))
-        return self.run(every())
+        return self.run(every(), may_stop=True)
 
     def sleep(self):
         """Free weights and cache."""
@@ -1164,10 +1164,10 @@ class LMDeployEngine:
                     raise RuntimeError(f"LMDeploy did not take the new {name}")
         with agent.all_context():
             process_weights_after_loading(model)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                                   # LMDeploy has a stream of its own
         if self.asleep:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             self.call(self.engine.wakeup, ["kv_cache"])
         self.asleep = False
 
@@ -1370,7 +1370,7 @@ def saved_when_stopped(policy, optimizer, c, progress):
         yield
     except Stopped:
         optimizer.zero_grad()
-        if progress["step"] not in saved_states(c):
+        if progress["step"] not in (0, *saved_states(c)):
             save_state(policy, optimizer, c, progress)
         raise
 
@@ -1414,6 +1414,9 @@ def resume(policy, optimizer, c):
         say(f"{c.stage}: resuming after step {progress['step']}")
     path = os.path.join(c.out, "metrics.jsonl")
     os.makedirs(state_folder(c), exist_ok=True)                        # from now on the stage is begun
+    for name in os.listdir(state_folder(c)) if rank() == 0 else []:
+        if not name.isdigit():                                         # of a save that was interrupted
+            shutil.rmtree(os.path.join(state_folder(c), name))
     if rank() == 0 and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines(keepends=True)
@@ -1475,7 +1478,7 @@ def announce(c, config):
     say(f"{c.stage}: {what}, about {gigabytes:.1f} GB of memory")
 
 
-# ---- 7. The SFT loop ---------------------------------------------------------------------------------------
+# ---- 8. The SFT loop ---------------------------------------------------------------------------------------
 
 
 def sft_step(policy, optimizer, c, example, step, progress):
@@ -1519,7 +1522,7 @@ def train_sft(policy, c, example):
                 save_state(policy, optimizer, c, progress)
 
 
-# ---- 8. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
+# ---- 9. The RL loop, its phases numbered as in Fig. 3 ------------------------------------------------------
 
 
 def dynamic_sampling(policy, engine, c, problem, reward, step, position, seconds):
@@ -1643,7 +1646,7 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
             write_metrics(c, line, {"seconds": time.perf_counter() - start})
             bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss'] or 0:.4f}")
             bar.update()
-            if (line["logp_gap"] or 0) > c.max_logp_gap:
+            if line["logp_gap"] is not None and not line["logp_gap"] <= c.max_logp_gap:
                 fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
                      f"{line['logp_gap']:.3g} on average, above --max-logp-gap {c.max_logp_gap}: their "
                      "weights, masks or temperatures are not the same")
@@ -1656,16 +1659,17 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
     return progress
 
 
-# ---- 9. The stages -----------------------------------------------------------------------------------------
+# ---- 10. The stages ----------------------------------------------------------------------------------------
 
 
 def greedy_accuracy(policy, engine, c, problems, reward, when):
     """Mean reward of greedy answers to (prompt ids, truth, question), printed with five of them."""
     mine = range(rank(), len(problems), world())
-    keys = [(c.seed, "eval", 0, i, 0) for i in mine]
-    outputs = engine.generate([problems[i][0] for i in mine], keys, greedy=True)
-    answers = [policy.tokenizer.decode(t.answer) for t in outputs]
-    judged = [(i, answer, float(reward(answer, problems[i][1]))) for i, answer in zip(mine, answers)]
+    keys, judged = [(c.seed, "eval", 0, i, 0) for i in mine], []
+    with suppress(Stopped):                                            # `gather` tells the other ranks
+        outputs = engine.generate([problems[i][0] for i in mine], keys, greedy=True)
+        answers = [policy.tokenizer.decode(t.answer) for t in outputs]
+        judged = [(i, answer, float(reward(answer, problems[i][1]))) for i, answer in zip(mine, answers)]
     found = sorted(gather(judged))
     accuracy = sum(r for *_, r in found) / len(found)
     say(f"{when}: greedy accuracy {accuracy:.3f} on {len(found)} held-out problems")
@@ -1717,13 +1721,12 @@ def run_stage(c, folder, records, reward):
     policy = load_policy(folder, c, config)
     reference = load_policy(folder, c, config) if c.beta else None
     problem, held_out = rl_problems(policy, c, records)
-    engine = {"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)
-    progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
     accuracy = ""
-    if held_out:
-        after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL")
-        accuracy = f"greedy accuracy {progress['before']:.3f} -> {after:.3f}, "
-    engine.close()
+    with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
+        progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
+        if held_out:
+            after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL")
+            accuracy = f"greedy accuracy {progress['before']:.3f} -> {after:.3f}, "
     first, last = (sum(r) / max(1, len(r)) for r in (progress["rewards"][:5], progress["rewards"][-10:]))
     say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
         f"{os.path.join(c.out, 'rl')}")
@@ -1763,21 +1766,20 @@ def main(argv=None):
         fail(f"--hsdp {c.hsdp}: must divide the number of ranks, {os.environ.get('WORLD_SIZE', 1)}")
     if c.resume and c.model == "tiny" and not c.out:
         fail("--resume: say which run with --out")
+    stop_signal.clear()
     records = c.data and (read_chats if c.stage == "sft" else read_problems)(c.data)
     reward = load_reward(c) if c.stage == "rl" else None
-    tiny, c.out = c.model == "tiny", choose_out(c)
+    start_ranks()
+    tiny, (c.out, *_) = c.model == "tiny", gather([choose_out(c)])         # one folder for all ranks
     start = os.path.join(c.out, "init") if tiny else find_model(c.model)
     if not tiny:
         read_config(start, c)                                          # refuses before anything is written
     if finished(c):
         say(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
         return
-    given_for_rl = ("steps", "lr", "schedule", "warmup", "data", "max_length")
-    given = argparse.Namespace(**vars(given) | dict.fromkeys(given_for_rl))
-    sft = replace(configure(given, "sft"), out=c.out)
+    not_for_sft = dict.fromkeys(("steps", "lr", "schedule", "warmup", "data", "max_length"))
+    sft = replace(configure(argparse.Namespace(**vars(given) | not_for_sft), "sft"), out=c.out)
     sft_first = tiny and c.stage == "rl" and not finished(sft)
-    start_ranks()
-    stop_signal.clear()
     signal.signal(signal.SIGTERM, lambda *_: stop_signal.set())
     if tiny and rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
         build_tiny(start, c.block_size, c.seed)
@@ -1787,7 +1789,7 @@ def main(argv=None):
             run_stage(sft, start, None, None)
         run_stage(c, os.path.join(c.out, "sft") if tiny and c.stage == "rl" else start, records, reward)
     except Stopped:
-        say(f"stopped by SIGTERM; --resume --out {c.out} goes on from the last completed step")
+        say(f"stopped by SIGTERM; --resume --out {c.out} goes on after the last completed step")
         sys.exit(143)
 
 
