@@ -490,6 +490,18 @@ def test_draw_inverts_the_distribution():
     assert dirl.draw(log_pi, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 3
 
 
+def test_uniform_depends_on_seed_position_and_tokens_left_and_on_nothing_else():
+    seed, block, left = (x.flatten() for x in torch.meshgrid(torch.arange(40) * 7919, torch.arange(25), torch.arange(1, 5), indexing="ij"))
+    u = dirl.uniform(seed, block[:, None] * 4 + torch.arange(4), left)                          # [4000, 4]
+    assert u.min() >= 0 and u.max() < 1 and len(u.unique()) == u.numel()
+    histogram = (u.flatten() * 100).long().bincount(minlength=100)
+    assert abs(float(((histogram - 160)**2 / 160).sum()) - 99) < 4 * (2 * 99)**0.5            # chi-square
+    cells = u.view(40, 25, 4, 4)
+    for a, b in ((cells[1:], cells[:-1]), (cells[:, 1:], cells[:, :-1]), (cells[:, :, 1:], cells[:, :, :-1]), (cells[..., 1:], cells[..., :-1])):
+        assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.04
+    assert torch.equal(dirl.uniform(seed[5:7], block[5:7, None] * 4 + torch.arange(4), left[5:7]), u[5:7])
+
+
 def test_decoding_ends_after_the_first_block_with_a_stop_token_or_at_max_new_tokens(policies):
     policy, stopped = copy.copy(policies(4)), 0
     policy.stop_ids = torch.tensor([7, *range(20, 50)])             # likely ones, some of them in the prompts too
