@@ -1261,10 +1261,12 @@ def gathered(model):
     for m in modules:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
-    yield
-    for m in modules:
-        m.set_reshard_after_forward(m is not model, recurse=False)
-        m.reshard()
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
 
 
 def deal(lengths, max_tokens):

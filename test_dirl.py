@@ -1790,6 +1790,36 @@ def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_
     assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
 
 
+def test_a_gap_that_is_not_a_number_is_an_end(trained, tmp_path, monkeypatch, capsys):
+    denoise = dirl.denoise
+
+    def broken(*terms):
+        token, new, logp = denoise(*terms)
+        return token, new, logp * float("nan")
+    monkeypatch.setattr(dirl, "denoise", broken)
+    with pytest.raises(SystemExit):
+        dirl.main([*SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", str(tmp_path / "run")])
+    assert "--max-logp-gap" in capsys.readouterr().err
+
+
+def test_sigterm_gives_up_rollouts_but_not_a_weight_update(policies, lmdeploy_engine, monkeypatch):
+    policy, c = policies(4), flags("--max-new-tokens", 400, "--max-length", 16, "--slots", 9)
+    prompts, keys = prompts_of_every_remainder(policy), [(0, i) for i in range(9)]
+    more = {} if torch.cuda.is_available() else {"num_gpu_blocks": 400}
+    for engine in (dirl.TorchEngine(policy, c), lmdeploy_engine(policy, c, **more)):
+        monkeypatch.setattr(policy, "stop_ids", torch.tensor([policy.mask_id]))                # none is drawn: it takes long
+        dirl.stop_signal.set()
+        try:
+            engine.sleep()
+            engine.update_weights()
+            with pytest.raises(dirl.Stopped):
+                engine.generate(prompts, keys)
+            with pytest.raises(dirl.Stopped):
+                dirl.greedy_accuracy(policy, engine, c, [(p, "", "") for p in prompts], lambda answer, truth: 0, "now")
+        finally:
+            dirl.stop_signal.clear()
+
+
 def soak(start):
     """Kill and resume on two ranks, several times over."""
     for n in range(3):
