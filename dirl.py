@@ -1637,7 +1637,8 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
     """DiPO on problem(i) → (prompt ids, truth, question). Returns its progress, with every step's reward."""
     optimizer = make_optimizer(policy, c)
     progress = resume(policy, optimizer, c)
-    engine.update_weights()
+    if progress["step"]:
+        engine.update_weights()                                        # it was built before they were resumed
     with saved_when_stopped(policy, optimizer, c, progress):
         if held_out and progress["before"] is None:
             progress["before"] = greedy_accuracy(policy, engine, c, held_out, reward, "before RL")
