@@ -4,6 +4,8 @@
     torchrun dirl.py --stage rl                                               a tiny model: SFT, then DiPO
     torchrun dirl.py --stage sft --model MODEL --data chats.jsonl             SFT of an SDAR checkpoint
     torchrun dirl.py --stage rl --model runs/NAME/sft --data problems.jsonl   DiPO from there
+    torchrun dirl.py --stage eval --model runs/NAME/rl --data problems.jsonl  the columns of Table 1
+    python dirl.py --stage show --model runs/NAME/rl                          one answer, step by step
     python dirl.py --help                                                     the flags, the paper's values
 
 The paper stands above the cut line, in the order of its equations, as functions on plain tensors that import
@@ -339,9 +341,10 @@ def flag(default, text, paper=None, choices=None, least=None):
 @dataclass
 class Config:
     """The flags. None stands for a value that depends on the model and the stage: PRESETS."""
-    stage: str = flag("rl", "sft, or rl, which for the tiny model runs sft first", choices=("sft", "rl"))
+    stage: str = flag("rl", "sft; rl, which for the tiny model runs sft first; eval; show: one answer",
+                      choices=("sft", "rl", "eval", "show"))
     model: str = flag("tiny", "tiny (built here), a folder in SDAR format, or a hub name", "SDAR-8B-Chat")
-    data: str = flag(None, ".json or .jsonl: chats (sft), problems (rl); else built-in arithmetic")
+    data: str = flag(None, ".json or .jsonl: chats (sft), problems (others); else built-in arithmetic")
     out: str = flag(None, "folder of the run: metrics.jsonl, checkpoints; else under runs/")
     recipe: str = flag(None, "paper: its values for the flags not given", choices=("paper",))
     seed: int = flag(0, "of every random draw", least=0)
@@ -377,7 +380,13 @@ class Config:
     updates: int = flag(1, "optimizer updates on each batch of rollouts", "1", least=1)
     max_attempts: int = flag(4, "dynamic sampling: rounds of rollouts to find mixed groups", least=1)
     reward: str = flag(None, "module:function(answer, truth) -> number, in place of the built-in check")
-    held_out: int = flag(256, "rl: problems for greedy accuracy, of a file at most a tenth", least=0)
+    held_out: int = flag(256, "problems kept for evaluation, of a file at most a tenth", least=0)
+    eval_data: str = flag(None, "rl: problems for evaluation, in place of held-out ones of --data")
+    eval_every: int = flag(None, "rl: evaluate every so many steps, besides before and after", least=1)
+    thresholds: list = flag(None, "evaluate static, and dynamic at each of these; else as --unmask says",
+                            "0.9; Fig. 8: 0.5 to 0.99", least=0)
+    samples: int = flag(0, "eval, show: answers a problem, drawn as in rl; 0: the greedy one", least=0)
+    prompt: str = flag(None, "show: what to ask; else the first problem of --data")
     hsdp: int = flag(None, "ranks that share one copy of the model (a node's); default all", least=1)
     save_every: int = flag(None, "steps between saves of what --resume needs", "10 (authors' code)", least=1)
     resume: bool = flag(False, "continue the stage in --out from its newest saved state")
@@ -393,6 +402,8 @@ PRESETS = {
                  batch=16, save_every=10),
     "real sft": dict(steps=100, lr=1e-5, schedule="cosine", warmup=10),
     "real rl": dict(steps=40, lr=1e-6, schedule="constant", warmup=10),
+    "tiny eval": dict(thresholds=[0.9]),
+    "real eval": dict(thresholds=[0.9]),
     "paper": dict(max_length=8192, max_new_tokens=8192, prompts=128, group_size=32, batch=512)}
 
 
@@ -414,28 +425,36 @@ def parse_flags(argv=None):
         default = ", ".join(presets) or ("" if f.default is None or f.default is False else f.default)
         text = meta["text"] + f" [{default}]" * (default != "")
         text += f" (paper: {meta['paper']})" if meta["paper"] else ""
-        typed = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": meta["choices"]}
+        typed = {bool: {"action": "store_true"}, list: {"type": float, "nargs": "+"}}.get(
+            f.type, {"type": f.type, "choices": meta["choices"]})
         parser.add_argument(name, default=None, help=text, **typed)
     given = parser.parse_args(argv)
     for f in fields(Config):
-        value, least = getattr(given, f.name), f.metadata["least"]
-        if least is not None and value is not None and not least <= value < math.inf:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+        values, least = getattr(given, f.name), f.metadata["least"]
+        for value in values if isinstance(values, list) else [values]:
+            if least is not None and value is not None and not least <= value < math.inf:
+                fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     return given
 
 
 def configure(given, stage):
     """The Config of a stage: what was given, else the recipe's value, else the model's."""
     kind = "tiny" if is_tiny(given.model) else "real"
-    values = PRESETS[kind] | PRESETS[f"{kind} {stage}"]
+    values = PRESETS[kind] | PRESETS.get(f"{kind} {stage}", {})
     if given.recipe:
-        values |= PRESETS["paper"] | PRESETS[f"real {stage}"]
+        values |= PRESETS["paper"] | PRESETS.get(f"real {stage}", {})
     c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
     if c.beta > 0 and c.objective == "eq8":
         fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
     c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
-    if stage == "rl" and c.engine == "lmdeploy" and not lmdeploy_runs():
+    if stage != "sft" and c.engine == "lmdeploy" and not lmdeploy_runs():
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
+    if c.eval_data and not c.data:
+        fail("--eval-data without --data: one reward judges both, and stage eval reads --data")
+    if stage == "eval" and not c.data and not c.held_out:
+        fail("--held-out 0: nothing is left to evaluate; or name a file with --data")
+    if stage in ("eval", "show") and c.model == "tiny":
+        fail(f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl")
     if c.engine_memory > 0.95:
         fail(f"--engine-memory {c.engine_memory}: a share of the free memory, at most 0.95")
     if c.model == "tiny":
@@ -482,7 +501,7 @@ def generator(*key):
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def read_records(path):
+def read_records(path, name="--data"):
     """A .json list or a .jsonl file → [(where it stands, record)]."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -491,17 +510,17 @@ def read_records(path):
             else:
                 records = [(f"{path} record {n}", x) for n, x in enumerate(json.load(file), 1)]
     except (OSError, ValueError, TypeError) as error:
-        fail(f"--data {path}: not a readable .json list or .jsonl file ({error})")
+        fail(f"{name} {path}: not a readable .json list or .jsonl file ({error})")
     for where, record in records:
         if not isinstance(record, dict):
             fail(f"{where}: expected an object, found {type(record).__name__}")
-    return records or fail(f"--data {path}: no records in it")
+    return records or fail(f"{name} {path}: no records in it")
 
 
-def read_problems(path):
+def read_problems(path, name="--data"):
     """RL data → [(question, truth)]; the field names are DiRL's, GSM8K's, MATH's or Big-Math's."""
     problems = []
-    for where, r in read_records(path):
+    for where, r in read_records(path, name):
         question = r.get("question", r.get("problem"))
         answers = r.get("ground_truth_answer"), r.get("answer"), last_boxed(str(r.get("solution")))
         truth = next((answer for answer in answers if answer is not None), None)
@@ -1352,9 +1371,9 @@ def optimizer_step(policy, optimizer, c, step, progress):
     return norm
 
 
-def write_metrics(c, line, seconds):
-    """One JSON object a step in OUT/metrics.jsonl; what is not finite is null."""
-    line = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in (line | seconds).items()}
+def write_metrics(c, line):
+    """One JSON object a step, and one an evaluation, in OUT/metrics.jsonl; what is not finite is null."""
+    line = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in line.items()}
     line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
     if rank() == 0:
         with open(os.path.join(c.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
@@ -1403,7 +1422,8 @@ def saved_states(c):
 
 def resume(policy, optimizer, c):
     """The progress of a stage. With --resume its newest saved state is loaded; metrics after it are cut."""
-    progress = {"step": 0, "position": 0, "rewards": [], "before": None, "idle": 0, "bad": 0, "skipped": 0}
+    progress = {"step": 0, "position": 0, "rewards": [], "idle": 0, "bad": 0, "skipped": 0,
+                "evaluated": -1, "accuracy": []}
     steps = saved_states(c) if c.resume else []
     if steps:
         import torch.distributed.checkpoint as dcp
@@ -1414,36 +1434,38 @@ def resume(policy, optimizer, c):
         set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
         progress = read_json(os.path.join(folder, "progress.json"))
         say(f"{c.stage}: resuming after step {progress['step']}")
-    path = os.path.join(c.out, "metrics.jsonl")
     os.makedirs(state_folder(c), exist_ok=True)                        # from now on the stage is begun
     for name in os.listdir(state_folder(c)) if rank() == 0 else []:
         if not name.isdigit():                                         # of a save that was interrupted
             shutil.rmtree(os.path.join(state_folder(c), name))
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        keep_lines(os.path.join(c.out, name),
+                   lambda line: line["stage"].split()[0] != c.stage or line["step"] <= progress["step"])
+    return progress
+
+
+def keep_lines(path, wanted):
+    """Of a .jsonl file, if there is one, the wanted lines; the last may have been cut short and goes too."""
+    def stays(line):
+        try:
+            return wanted(json.loads(line))
+        except ValueError:
+            return False
     if rank() == 0 and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines(keepends=True)
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(line for line in lines if before(line, c.stage, progress["step"]))
+            file.writelines(filter(stays, lines))
         os.replace(path + ".tmp", path)
-    return progress
 
 
-def before(line, stage, step):
-    """Whether a line of metrics.jsonl stays when a stage goes on after a step; the last may be cut short."""
-    try:
-        line = json.loads(line)
-    except ValueError:
-        return False
-    return line["stage"] != stage or line["step"] <= step
-
-
-def usable(policy, c, encoded, what):
+def usable(policy, c, path, encoded, what):
     """Of (token ids, ...), those that are short enough and free of [MASK]; says how many are not."""
     kept = [x for x in encoded if len(x[0]) <= c.max_length and policy.mask_id not in x[0]]
     if len(kept) < len(encoded):
-        say(f"{c.data}: skipped {len(encoded) - len(kept)} of {len(encoded)} {what}: longer than "
+        say(f"{path}: skipped {len(encoded) - len(kept)} of {len(encoded)} {what}: longer than "
             f"--max-length {c.max_length}, or with a mask token in them")
-    return kept or fail(f"{c.data}: none of its {what} is within --max-length {c.max_length} tokens")
+    return kept or fail(f"{path}: none of its {what} is within --max-length {c.max_length} tokens")
 
 
 @functools.cache
@@ -1515,7 +1537,7 @@ def train_sft(policy, c, example):
         for step in range(progress["step"] + 1, c.steps + 1):
             start = time.perf_counter()
             line = sft_step(policy, optimizer, c, example, step, progress)
-            write_metrics(c, line, {"seconds": time.perf_counter() - start})
+            write_metrics(c, line | {"seconds": time.perf_counter() - start})
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
             if step == c.steps:
@@ -1640,13 +1662,18 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
     if progress["step"]:
         engine.update_weights()                                        # it was built before they were resumed
     with saved_when_stopped(policy, optimizer, c, progress):
-        if held_out and progress["before"] is None:
-            progress["before"] = greedy_accuracy(policy, engine, c, held_out, reward, "before RL")
         bar = tqdm(range(c.steps), "rl", initial=progress["step"], disable=rank() > 0)
-        for step in range(progress["step"] + 1, c.steps + 1):
-            start = time.perf_counter()
+        for step in range(progress["step"], c.steps + 1):
+            due = step in (0, c.steps) or (c.eval_every and step % c.eval_every == 0)
+            if held_out and due and progress["evaluated"] < step:
+                rows = evaluate(policy, engine, c, held_out, reward, step)
+                progress["accuracy"] = progress["accuracy"][:1] + [rows[0]["accuracy"]]     # first, last
+                progress["evaluated"] = step
+            if step == c.steps:
+                break
+            step, start = step + 1, time.perf_counter()
             line = rl_step(policy, reference, engine, optimizer, c, problem, reward, step, progress)
-            write_metrics(c, line, {"seconds": time.perf_counter() - start})
+            write_metrics(c, line | {"seconds": time.perf_counter() - start})
             bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss'] or 0:.4f}")
             bar.update()
             if line["logp_gap"] is not None and not line["logp_gap"] <= c.max_logp_gap:
@@ -1662,30 +1689,109 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
     return progress
 
 
-# ---- 10. The stages ----------------------------------------------------------------------------------------
+# ---- 10. Evaluation ----------------------------------------------------------------------------------------
 
 
-def greedy_accuracy(policy, engine, c, problems, reward, when):
-    """Mean reward of greedy answers to (prompt ids, truth, question), printed with five of them."""
-    mine = range(rank(), len(problems), world())
-    keys, judged = [(c.seed, "eval", 0, i, 0) for i in mine], []
+def evaluate(policy, engine, c, problems, reward, step=None):
+    """Table 1 on (prompt ids, truth, question): its rows, printed, and every answer in OUT/eval.jsonl.
+
+    One row for static and one for dynamic decoding at each of --thresholds; without them one for the run's
+    own. step: of RL, whose rows also go to OUT/metrics.jsonl."""
+    what = {"stage": "eval" if step is None else "rl eval", "step": step}
+    own, rows = (c.unmask, c.threshold), []
+    answers = f"{c.samples} sampled answers" if c.samples else "one greedy answer"
+    say(f"{c.model if step is None else f'rl, step {step}'}: {len(problems)} problems, {answers} each\n"
+        "decoding         accuracy    s.e.  tokens/step  tokens/forward  length  truncated")
+    for name in ("metrics.jsonl", "eval.jsonl"):                       # of an evaluation that was interrupted
+        keep_lines(os.path.join(c.out, name), lambda line: {x: line.get(x) for x in what} != what)
+    swept = [("static", c.threshold), *(("dynamic", x) for x in c.thresholds or ())]
+    for rule, threshold in swept if c.thresholds else [own]:
+        c.unmask, c.threshold = rule, threshold                        # both engines look there at every step
+        name = f"{rule} {threshold if rule == 'dynamic' else c.tokens_per_step:g}"
+        lines = [what | {"decoding": name} | x for x in answer(policy, engine, c, problems, reward)]
+        rows.append({"decoding": name} | table_1(lines))
+        say("{:14} {:10.3f} {:7.3f} {:12.2f} {:15.2f} {:7.1f} {:10.3f}".format(*rows[-1].values()))
+        if rank() == 0:
+            with open(os.path.join(c.out, "eval.jsonl"), "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if step is not None:
+            write_metrics(c, what | rows[-1])
+    for line in [line for line in lines if line["sample"] == 0][:5]:
+        say("    {question!r:.40} -> {answer!r:.60}, truth {truth!r}, reward {reward:g}".format(**line))
+    c.unmask, c.threshold = own
+    return rows
+
+
+def answer(policy, engine, c, problems, reward):
+    """Answers to all problems, by all ranks, and what they took: one dict each, in order.
+
+    forwards: the decoding steps, and one pass for the clean keys and values of every block but the last; not
+    the prompt's."""
+    mine = [(i, g) for i in range(len(problems)) for g in range(max(1, c.samples))][rank()::world()]
+    keys, lines = [(c.seed, "eval", 0, i, g) for i, g in mine], []
     with suppress(Stopped):                                            # `gather` tells the other ranks
-        outputs = engine.generate([problems[i][0] for i in mine], keys, greedy=True)
-        answers = [policy.tokenizer.decode(t.answer) for t in outputs]
-        judged = [(i, answer, float(reward(answer, problems[i][1]))) for i, answer in zip(mine, answers)]
-    found = sorted(gather(judged))
-    accuracy = sum(r for *_, r in found) / len(found)
-    say(f"{when}: greedy accuracy {accuracy:.3f} on {len(found)} held-out problems")
-    for i, answer, r in found[:5]:
-        _, truth, question = problems[i]
-        say(f"    {question[-40:]!r} -> {answer[-60:]!r}, truth {truth!r}, reward {r:g}")
-    return accuracy
+        found = engine.generate([problems[i][0] for i, _ in mine], keys, greedy=c.samples == 0)
+        for (i, g), t in zip(mine, found):
+            prompt, truth, question = problems[i]
+            text = policy.tokenizer.decode(t.answer)
+            blocks = (len(prompt) + len(t.output)) // policy.B - len(prompt) // policy.B
+            lines.append({
+                "problem": i, "sample": g, "question": question, "truth": truth, "answer": text,
+                "reward": float(reward(text, truth)), "truncated": not t.stopped, "length": len(t.answer),
+                "tokens": len(t.output), "steps": t.decoding_steps,
+                "forwards": t.decoding_steps + blocks - 1})
+    return sorted(gather(lines), key=lambda line: (line["problem"], line["sample"]))
+
+
+def table_1(lines):
+    """One row of Table 1, from the answers. The standard error is that of a mean over problems."""
+    def total(name):
+        return sum(line[name] for line in lines)
+    by_problem = {}
+    for line in lines:
+        by_problem.setdefault(line["problem"], []).append(line["reward"])
+    means = torch.tensor([sum(r) / len(r) for r in by_problem.values()], dtype=torch.float64)
+    return {"accuracy": means.mean().item(), "standard_error": (means.std() / len(means)**0.5).item(),
+            "tokens_per_step": total("tokens") / total("steps"),
+            "tokens_per_forward": total("tokens") / total("forwards"),
+            "output_length": total("length") / len(lines), "truncated": total("truncated") / len(lines)}
+
+
+def show(policy, engine, c, problem):
+    """One answer as it is decoded: a line a decoding step, with the probabilities of what it commits, the
+    sampler's and the trainer's, who has them all from one forward."""
+    prompt, _, question = problem
+    t, = engine.generate([prompt], [(c.seed, "show", 0, 0, 0)], greedy=c.samples == 0)
+    document = trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id)
+    (row, *_), _ = make_rows(policy, [len(document["ids"])], lambda i: document, c)
+    with torch.no_grad():
+        scored = policy.score(row)[0].cpu()                                             # [L]
+    if rank() > 0:                                                     # it has no document
+        return
+    P, B = len(prompt), policy.B
+    words = [repr(policy.tokenizer.decode(token))[1:-1] for token in [*prompt, *t.output]]
+    steps, width = [0] * P + t.steps.tolist(), max(map(len, words[P // B * B:]))
+    say(f"{question}\n\nblock step  {'the block after it':{B * width + 3 * B - 3}}  "
+        "committed, π when sampled, as scored")
+    for k in range(P // B, len(words) // B):
+        block = range(k * B, k * B + B)
+        for s in range(1, max(steps[p] for p in block) + 1):
+            shown = " | ".join(f"{words[p] if steps[p] <= s else '·':{width}}" for p in block)
+            new = (f"{words[p]!r} {t.logp[p - P].exp():.3f} {scored[p - P].exp():.3f}"
+                   for p in block if steps[p] == s)
+            say(f"{k:5} {s:4}  {shown}  {', '.join(new)}")
+    gap = (scored - t.logp).abs().max()
+    say(f"\n{len(t.output)} tokens in {t.decoding_steps} decoding steps. One forward of "
+        f"{len(document['ids'])} tokens scores them all; largest |Δ log π| {gap:.1e}")
+
+
+# ---- 11. The stages ----------------------------------------------------------------------------------------
 
 
 def sft_examples(policy, c, chats):
     """example(i) → (tokens [S], P), from chats or, without them, from the built-in task."""
     if chats:
-        examples = usable(policy, c, [policy.example(chat) for chat in chats], "examples")
+        examples = usable(policy, c, c.data, [policy.example(chat) for chat in chats], "examples")
         return lambda i: nth(examples, i, c.seed, "sft")
 
     def example(i):
@@ -1694,59 +1800,84 @@ def sft_examples(policy, c, chats):
     return example
 
 
-def rl_problems(policy, c, records):
-    """problem(i) → (prompt ids, truth, question), and a list of held-out ones."""
-    def encode(question, truth):
-        text = question + (INSTRUCTION if records else "")
-        return policy.prompt([{"role": "user", "content": text}]), truth, question
+def built_in(policy, key, held_out=False):
+    """(prompt ids, truth, question) of the built-in task."""
+    question, _, truth = arithmetic(key, held_out)
+    return policy.prompt([{"role": "user", "content": question}]), truth, question
 
-    def built_in(key, held_out=False):
-        question, _, truth = arithmetic(key, held_out)
-        return encode(question, truth)
+
+def from_file(policy, c, path, records):
+    """[(prompt ids, truth, question)] of the problems in a file, asked as the paper asks."""
+    asked = [[{"role": "user", "content": question + INSTRUCTION}] for question, _ in records]
+    encoded = [(policy.prompt(chat), truth, question) for chat, (question, truth) in zip(asked, records)]
+    return usable(policy, c, path, encoded, "prompts")
+
+
+def eval_problems(policy, c, path, records):
+    """What stage eval evaluates, and RL with --eval-data or on the built-in task."""
+    if records:
+        return from_file(policy, c, path, records)
+    return [built_in(policy, ("held out", i), True) for i in range(c.held_out)]
+
+
+def rl_problems(policy, c, records, eval_records=None):
+    """problem(i) → (prompt ids, truth, question), and a list of those that are only evaluated."""
     if not records:
-        held_out = [built_in(("held out", i), True) for i in range(c.held_out)]
-        return (lambda i: built_in((c.seed, "rl", i))), held_out
-    problems = usable(policy, c, [encode(*record) for record in records], "prompts")
+        return (lambda i: built_in(policy, (c.seed, "rl", i))), eval_problems(policy, c, None, None)
+    problems = from_file(policy, c, c.data, records)
+    if eval_records:
+        return (lambda i: nth(problems, i, c.seed, "rl")), eval_problems(policy, c, c.eval_data, eval_records)
     problems = [nth(problems, i, c.seed, "split") for i in range(len(problems))]
     n = min(c.held_out, len(problems) // 10)
     held_out, training = problems[:n], problems[n:]
     return (lambda i: nth(training, i, c.seed, "rl")), held_out
 
 
-def run_stage(c, folder, records, reward):
-    """One stage, from the checkpoint in folder to OUT/sft or OUT/rl."""
+def run_stage(c, folder, records, reward, eval_records=None):
+    """One stage on the checkpoint in folder; sft and rl leave theirs in OUT/sft and OUT/rl."""
     config = read_config(folder, c)
-    announce(c, config)
+    if c.stage in ("sft", "rl"):
+        announce(c, config)
     if c.stage == "sft":
         policy = load_policy(folder, replace(c, temperature=1.0), config)    # Eq. 3 is about p_θ itself
         train_sft(policy, c, sft_examples(policy, c, records))
         return say(f"sft: {c.steps} steps; checkpoint: {os.path.join(c.out, 'sft')}")
     policy = load_policy(folder, c, config)
-    reference = load_policy(folder, c, config) if c.beta else None
-    problem, held_out = rl_problems(policy, c, records)
-    accuracy = ""
+    reference = load_policy(folder, c, config) if c.stage == "rl" and c.beta else None
     with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
-        progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
-        if held_out:
-            after = greedy_accuracy(policy, engine, c, held_out, reward, "after RL")
-            accuracy = f"greedy accuracy {progress['before']:.3f} -> {after:.3f}, "
-    first, last = (sum(r) / max(1, len(r)) for r in (progress["rewards"][:5], progress["rewards"][-10:]))
-    say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
-        f"{os.path.join(c.out, 'rl')}")
+        if c.stage == "show" and c.prompt is not None:
+            show(policy, engine, c, (policy.prompt([{"role": "user", "content": c.prompt}]), "", c.prompt))
+        elif c.stage == "show":
+            show(policy, engine, c, eval_problems(policy, c, c.data, records)[0])
+        elif c.stage == "eval":
+            evaluate(policy, engine, c, eval_problems(policy, c, c.data, records), reward)
+            say(f"every answer: {os.path.join(c.out, 'eval.jsonl')}")
+        else:
+            problem, held_out = rl_problems(policy, c, records, eval_records)
+            progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
+            accuracy = " -> ".join(f"{x:.3f}" for x in progress["accuracy"])
+            accuracy = f"{'sampled' if c.samples else 'greedy'} accuracy {accuracy}, " if accuracy else ""
+            rewards = progress["rewards"]
+            first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
+            say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
+                f"{os.path.join(c.out, 'rl')}")
 
 
 def choose_out(c):
-    """--out, or a fresh folder for the tiny model and one folder for each checkpoint."""
+    """--out, or a fresh folder for the tiny model and for eval, and one for each checkpoint that is trained."""
     if c.out:
         return c.out
-    if c.model != "tiny":
+    if c.model != "tiny" and c.stage != "eval":
         parent, name = os.path.split(c.model.rstrip("/"))
         return parent if name in ("sft", "rl") and parent else os.path.join("runs", name)
-    return next(out for out in (f"runs/tiny-{n}" for n in itertools.count()) if not os.path.exists(out))
+    name = "eval" if c.stage == "eval" else "tiny"
+    return next(out for out in (f"runs/{name}-{n}" for n in itertools.count()) if not os.path.exists(out))
 
 
 def finished(c):
     """Whether OUT has this stage already. Refuses an OUT that holds it half done, or cannot be written."""
+    if c.stage == "eval" and os.path.exists(os.path.join(c.out, "eval.jsonl")):
+        fail(f"{os.path.join(c.out, 'eval.jsonl')} exists: name a new folder with --out")
     states, target = saved_states(c), os.path.join(c.out, c.stage)
     begun = os.path.isdir(state_folder(c))
     done = os.path.isdir(target) and (not begun or states[-1:] >= [c.steps])
@@ -1771,16 +1902,17 @@ def main(argv=None):
         fail("--resume: say which run with --out")
     stop_signal.clear()
     records = c.data and (read_chats if c.stage == "sft" else read_problems)(c.data)
-    reward = load_reward(c) if c.stage == "rl" else None
+    eval_records = c.eval_data and read_problems(c.eval_data, "--eval-data")
+    reward = load_reward(c) if c.stage in ("rl", "eval") else None
     start_ranks()
     tiny, (c.out, *_) = c.model == "tiny", gather([choose_out(c)])         # one folder for all ranks
     start = os.path.join(c.out, "init") if tiny else find_model(c.model)
     if not tiny:
         read_config(start, c)                                          # refuses before anything is written
-    if finished(c):
+    if c.stage != "show" and finished(c):
         say(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
         return
-    not_for_sft = dict.fromkeys(("steps", "lr", "schedule", "warmup", "data", "max_length"))
+    not_for_sft = dict.fromkeys(("steps", "lr", "schedule", "warmup", "data", "max_length", "eval_data"))
     sft = replace(configure(argparse.Namespace(**vars(given) | not_for_sft), "sft"), out=c.out)
     sft_first = tiny and c.stage == "rl" and not finished(sft)
     signal.signal(signal.SIGTERM, lambda *_: stop_signal.set())
@@ -1790,9 +1922,11 @@ def main(argv=None):
     try:
         if sft_first:
             run_stage(sft, start, None, None)
-        run_stage(c, os.path.join(c.out, "sft") if tiny and c.stage == "rl" else start, records, reward)
+        start = os.path.join(c.out, "sft") if tiny and c.stage == "rl" else start
+        run_stage(c, start, records, reward, eval_records)
     except Stopped:
-        say(f"stopped by SIGTERM; --resume --out {c.out} goes on after the last completed step")
+        say(f"stopped by SIGTERM; --resume --out {c.out} goes on after the last completed step"
+            if c.stage in ("sft", "rl") else "stopped by SIGTERM")
         sys.exit(143)
 
 

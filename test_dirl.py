@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1364,7 +1365,8 @@ def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_fact
     monkeypatch.chdir(work)
     places = {"DATA": str(work / "data.jsonl"), "OTHER": policies(4).folder}
     assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {
-        "out", "engine", "engine-memory", "max-logp-gap", "hsdp", "save-every", "resume"}     # in tests of their own
+        "out", "engine", "engine-memory", "max-logp-gap", "hsdp", "save-every", "resume", "eval-data", "eval-every", "thresholds",
+        "samples", "prompt"}                                        # in tests of their own
     same = None
     for name, (stage, besides, *values) in FLAGS.items():
         short = {"--steps": 1, "--warmup": 0, "--lr": 1e-3, "--seed": 0}
@@ -1436,7 +1438,10 @@ def bad_inputs(tmp_path):
         (["--stage", "dpo"], "--stage"), (["--prompts", "0"], "--prompts"), (["--save-every", "0"], "--save-every"),
         (["--seed", "1.5"], "--seed"), (["--hsdp", "2"], "--hsdp"), (["--recipe", "mine"], "--recipe"), (["--eps", "inf"], "--eps"),
         (["--engine", "vllm" if torch.cuda.is_available() else "lmdeploy"], "--engine"), (["--reward", "nothing"], "--reward"),
-        (["--reward", "json:nothing"], "--reward"), (["--reward", "no.module:f"], "--reward")]
+        (["--reward", "json:nothing"], "--reward"), (["--reward", "no.module:f"], "--reward"), (["--stage", "eval"], "--model"),
+        (["--stage", "show"], "--model"), (["--thresholds", "0.5,0.9"], "--thresholds"), (["--thresholds", "-1"], "--thresholds"),
+        (["--samples", "-1"], "--samples"), (["--eval-every", "0"], "--eval-every"), (["--eval-data", "x.jsonl"], "--data"),
+        (["--stage", "eval", "--model", "nowhere", "--held-out", "0"], "--held-out")]
     file_cases = [
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
         (["--data", write("broken.jsonl", good + "{")], "broken.jsonl"), (["--data", write("list.jsonl", "[1]")], "line 1"),
@@ -1454,7 +1459,9 @@ def bad_inputs(tmp_path):
         (["--model", model("text", hidden_size="wide")], "hidden_size"), (["--model", model("block"), "--block-size", "8"], "--block-size 8"),
         (["--model", model("large", num_hidden_layers=20000, hidden_size=4096, intermediate_size=12288, num_attention_heads=32)],
          "GB of memory"),
-        (["--out", os.path.join(write("file", "kept"), "run")], "--out"), (["--resume"], "--resume")]
+        (["--out", os.path.join(write("file", "kept"), "run")], "--out"), (["--resume"], "--resume"),
+        (["--data", write("good.jsonl", good), "--eval-data", write("bad.jsonl", "{")], "--eval-data"),
+        (["--stage", "eval", "--model", model("m"), "--out", os.path.dirname(write("done/eval.jsonl", ""))], "eval.jsonl")]
     (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}')
     return flag_cases + file_cases
 
@@ -1538,8 +1545,9 @@ def test_default_run_learns(trained):
     reward = [line["reward"] for line in lines]
     first, last = sum(reward[:5]) / 5, sum(reward[-10:]) / 10
     assert last >= first + 0.30 and last >= 0.80
-    before, after = (float(log.split(f"{when} RL: greedy accuracy ")[1].split()[0]) for when in ("before", "after"))
-    assert after >= before + 0.15 and "on 256 held-out problems" in log and log.splitlines()[-1].startswith("rl: greedy accuracy")
+    before, after = (float(x) for x in log.splitlines()[-1].split(",")[0].removeprefix("rl: greedy accuracy ").split(" -> "))
+    assert after >= before + 0.15 and "rl, step 60: 256 problems, one greedy answer each" in log
+    assert [(line["step"], round(line["accuracy"], 3)) for line in metrics(trained, "rl eval")] == [(0, before), (60, after)]
     assert all(line["logp_gap"] < 1e-4 for line in lines)
     expected = {"stage", "step", "loss", "lr", "grad_norm", "seconds", "reward", "kl", "entropy", "clip_fraction",
                 "tokens_per_step", "output_length", "truncated", "groups_dropped", "duplicates", "forward_tokens", "logp_gap",
@@ -1548,7 +1556,7 @@ def test_default_run_learns(trained):
     assert all(set(line) == expected for line in lines) and [line["step"] for line in lines] == list(range(1, 61))
     assert set(metrics(trained, "sft")[0]) == {"stage", "step", "loss", "lr", "grad_norm", "forward_tokens", "seconds", "imbalance",
                                                     "skipped"}
-    assert sorted(os.listdir(trained)) == ["init", "metrics.jsonl", "rl", "rl.state", "sft", "sft.state"]
+    assert sorted(os.listdir(trained)) == ["eval.jsonl", "init", "metrics.jsonl", "rl", "rl.state", "sft", "sft.state"]
 
 
 def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
@@ -1567,6 +1575,118 @@ def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
         accuracy.append(sum(dirl.arithmetic_reward(policy.tokenizer.decode(t.answer), truth)
                             for t, (_, _, truth) in zip(trajectories, problems)) / 256)
     assert accuracy[1] < accuracy[0] + 0.15 and accuracy[2] > accuracy[0] + 0.30
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def independent_rows(lines):
+    """Table 1's columns from eval.jsonl, by hand: {decoding: columns}."""
+    rows = {}
+    for name in dict.fromkeys(line["decoding"] for line in lines):
+        mine = [line for line in lines if line["decoding"] == name]
+        problems = [statistics.mean(line["reward"] for line in mine if line["problem"] == i) for i in {line["problem"] for line in mine}]
+        rows[name] = [statistics.mean(problems), statistics.stdev(problems) / math.sqrt(len(problems)),
+                      sum(x["tokens"] for x in mine) / sum(x["steps"] for x in mine),
+                      sum(x["tokens"] for x in mine) / sum(x["forwards"] for x in mine),
+                      statistics.mean(x["length"] for x in mine), statistics.mean(x["truncated"] for x in mine)]
+    return rows
+
+
+def printed_rows(text):
+    return {" ".join(words[:2]): [float(x) for x in words[2:]] for words in map(str.split, text.splitlines())
+            if words[:1] in (["static"], ["dynamic"])}
+
+
+def test_eval_table_equals_its_answers_on_any_number_of_ranks(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--stage", "eval", "--model", os.path.join(trained, "sft"), "--held-out", "60", "--thresholds", "0.5", "0.7", "0.9", "0.99"]
+    dirl.main([*argv, "--out", "one"])
+    printed = printed_rows(capsys.readouterr().out)
+    lines = [json.loads(line) for line in open("one/eval.jsonl")]
+    expected = independent_rows(lines)
+    assert list(printed) == list(expected) == ["static 1", "dynamic 0.5", "dynamic 0.7", "dynamic 0.9", "dynamic 0.99"]
+    for name, row in expected.items():
+        assert all(abs(a - b) <= 0.51 * 10**-digits for a, b, digits in zip(printed[name], row, (3, 3, 2, 2, 1, 3), strict=True))
+    assert all(dirl.arithmetic_reward(line["answer"], line["truth"]) == line["reward"] for line in lines) and len(lines) == 5 * 60
+    assert all(len(line["answer"]) == line["length"] <= line["tokens"] for line in lines if not line["truncated"])
+    speed = [row[2] for row in expected.values()]
+    assert speed[0] == 1 and speed[1] > speed[2] > speed[3] > speed[4] > 1                # fewer at a time, the surer one must be
+    assert all(row[3] < row[2] for row in expected.values()) and not os.path.exists("one/metrics.jsonl")
+    subprocess.run(torchrun(2, *argv, "--out", "two"), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert open("one/eval.jsonl").read() == open("two/eval.jsonl").read()
+    dirl.main([*argv[:6], "--samples", "3", "--max-new-tokens", "12"])                   # a folder of its own; thresholds as in Table 1
+    lines = [json.loads(line) for line in open("runs/eval-0/eval.jsonl")]
+    assert printed_rows(capsys.readouterr().out).keys() == independent_rows(lines).keys() == {"static 1", "dynamic 0.9"}
+    assert [line["sample"] for line in lines[:6]] == [0, 1, 2, 0, 1, 2] and any(line["truncated"] for line in lines)
+    assert len({line["answer"] for line in lines if line["problem"] == 3}) > 1
+
+
+def test_forwards_are_those_that_the_engines_do(policies, lmdeploy_engine, tmp_path, monkeypatch):
+    """Every decoding step, and the pass that leaves a block's clean keys and values. Besides, once a request: ours reads the
+    prompt's whole blocks, LMDeploy does one forward or two more at the end, since it launches the next before it looks."""
+    from lmdeploy.pytorch.engine.model_agent.agent import BaseModelAgent
+    policy, calls, hidden, forward = policies(4), [], policies(4).hidden, BaseModelAgent._async_model_forward
+    monkeypatch.setattr(policy, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
+    monkeypatch.setattr(BaseModelAgent, "_async_model_forward", lambda *args, **more: (calls.append(1), forward(*args, **more))[1])
+    c = flags("--max-new-tokens", 29, "--out", tmp_path, "--unmask", "static", "--tokens-per-step", 2)
+    for engine, besides in ((dirl.TorchEngine(policy, c), {1}), (lmdeploy_engine(policy, c), {1, 2})):
+        for P, c.max_new_tokens in itertools.product((4, 5, 9), (1, 8, 29)):
+            calls.clear()
+            line, = dirl.answer(policy, engine, c, [(list(range(10, 10 + P)), "", "")], lambda answer, truth: 0)
+            assert len(calls) - line["forwards"] in besides and line["forwards"] >= line["steps"]
+
+
+def test_both_engines_evaluate_alike(policies, lmdeploy_engine, tmp_path):
+    policy, answers = policies(4), []
+    problems = [(prompt, "", str(i)) for i, prompt in enumerate(prompts_of_every_remainder(policy))]
+    for build in (dirl.TorchEngine, lmdeploy_engine):
+        c = flags("--max-new-tokens", 21, "--thresholds", "0.3", "0.6", "--out", tmp_path / build.__name__)
+        os.makedirs(c.out)
+        rows = dirl.evaluate(policy, build(policy, c), c, problems, lambda answer, truth: len(answer) % 2)
+        answers.append(open(os.path.join(c.out, "eval.jsonl")).read())
+        assert len({row["tokens_per_step"] for row in rows}) == 3 and (c.unmask, c.threshold) == ("dynamic", 0.9)
+    assert answers[0] == answers[1]
+
+
+def test_rl_evaluates_on_its_way(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("".join(json.dumps({"question": "?" * n, "answer": "3"}) + "\n" for n in range(1, 12)))
+    Path("test.jsonl").write_text("".join(json.dumps({"question": "!" * n, "answer": "3"}) + "\n" for n in range(1, 5)))
+    argv = ["--model", os.path.join(trained, "sft"), "--data", "train.jsonl", "--eval-data", "test.jsonl", "--eval-every", "2",
+            "--steps", "3", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8", "--max-attempts", "1", "--samples", "2",
+            "--thresholds", "0.5", "--save-every", "2"]
+    dirl.main([*argv, "--out", "run"])
+    lines, rows = [json.loads(line) for line in open("run/eval.jsonl")], metrics("run", "rl eval")
+    assert [(row["step"], row["decoding"]) for row in rows] == [(s, d) for s in (0, 2, 3) for d in ("static 1", "dynamic 0.5")]
+    assert [(x["step"], x["problem"], x["sample"]) for x in lines[:8]] == [(0, i, g) for i in range(4) for g in range(2)]
+    assert len(lines) == 3 * 2 * 4 * 2 and {x["question"] for x in lines} == {"!" * n for n in range(1, 5)}
+    for row in rows:
+        mine = [x for x in lines if (x["step"], x["decoding"]) == (row["step"], row["decoding"])]
+        assert list(row.values())[3:] == pytest.approx(independent_rows(mine)[row["decoding"]], rel=1e-5)
+    assert "sampled accuracy 0.000 -> 0.000" in capsys.readouterr().out and len(metrics("run", "rl")) == 3
+
+
+def test_show_is_the_trajectory(trained, capsys):
+    folder, c = os.path.join(trained, "sft"), flags()
+    dirl.main(["--stage", "show", "--model", folder, "--prompt", "4+2-1=", "--samples", "1", "--seed", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    policy = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+    prompt = policy.prompt([{"role": "user", "content": "4+2-1="}])
+    t, = dirl.rollout(policy, [prompt], [(3, "show", 0, 0, 0)], c)
+    shown, P = [line for line in lines if line[:5].strip().isdigit()], len(prompt)
+    assert lines[0] == "4+2-1=" and len(shown) == t.decoding_steps and f"{len(t.output)} tokens in {t.decoding_steps} dec" in lines[-1]
+    for line, (k, s, seen, committed) in zip(shown, slow_states(policy, t)):
+        probabilities = re.findall(r"\d\.\d{3}", line)
+        assert line.split()[:2] == [str(k), str(s)]
+        scores = [t.logp[p - P].exp().item() for p in committed for _ in range(2)]         # sampled, and scored
+        assert [float(x) for x in probabilities] == pytest.approx(scores, abs=6e-4)
+        left = (seen[k * 4:] == policy.mask_id).sum() - len(committed)
+        assert line.count("·") == left
+    dirl.main(["--stage", "show", "--model", folder])
+    question = dirl.arithmetic(("held out", 0), held_out=True)[0]
+    assert capsys.readouterr().out.splitlines()[0] == question
 
 
 # ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
@@ -1661,7 +1781,7 @@ def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
 
 
 SHORT_RL = ("--stage", "rl", "--steps", "6", "--warmup", "0", "--lr", "1e-3", "--prompts", "3", "--group-size", "4",
-            "--max-new-tokens", "24", "--max-attempts", "1", "--held-out", "8", "--save-every", "2")
+            "--max-new-tokens", "24", "--max-attempts", "1", "--eval-every", "2", "--save-every", "2", "--held-out", "8")
 
 
 def lines_without_seconds(out, stage="rl"):
@@ -1686,7 +1806,7 @@ def killed_when(command, condition, log, how=signal.SIGKILL):
 
 def count(out):
     try:
-        return sum(1 for _ in open(os.path.join(out, "metrics.jsonl")))
+        return sum('"stage": "rl",' in line for line in open(os.path.join(out, "metrics.jsonl")))
     except OSError:
         return 0
 
@@ -1714,8 +1834,12 @@ def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tm
     assert found == expected and len(found) == 6
     a, b = (load_file(os.path.join(x, "rl", "model.safetensors")) for x in (out, whole))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    evaluations, answers = (lines_without_seconds(x, "rl eval") for x in (out, whole)), (open(os.path.join(x, "eval.jsonl")).read()
+                                                                                         for x in (out, whole))
+    assert [line["step"] for line in lines_without_seconds(out, "rl eval")] == [0, 2, 4, 6]
+    assert next(evaluations) == next(evaluations) and next(answers) == next(answers)
     last = [open(os.path.join(x, "metrics.jsonl")).read().count("\n") for x in (out, whole)]
-    assert last == [6, 6]
+    assert last == [10, 10]
     done = subprocess.run(torchrun(1, *SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", out), capture_output=True, text=True)
     assert done.returncode == 0 and "finished" in done.stdout
     more = ["8" if x == "6" else x for x in SHORT_RL]                # a finished stage can be prolonged
@@ -1802,8 +1926,8 @@ def test_a_gap_that_is_not_a_number_is_an_end(trained, tmp_path, monkeypatch, ca
     assert "--max-logp-gap" in capsys.readouterr().err
 
 
-def test_sigterm_gives_up_rollouts_but_not_a_weight_update(policies, lmdeploy_engine, monkeypatch):
-    policy, c = policies(4), flags("--max-new-tokens", 400, "--max-length", 16, "--slots", 9)
+def test_sigterm_gives_up_rollouts_but_not_a_weight_update(policies, lmdeploy_engine, monkeypatch, tmp_path):
+    policy, c = policies(4), flags("--max-new-tokens", 400, "--max-length", 16, "--slots", 9, "--out", tmp_path)
     prompts, keys = prompts_of_every_remainder(policy), [(0, i) for i in range(9)]
     more = {} if torch.cuda.is_available() else {"num_gpu_blocks": 400}
     for engine in (dirl.TorchEngine(policy, c), lmdeploy_engine(policy, c, **more)):
@@ -1815,7 +1939,7 @@ def test_sigterm_gives_up_rollouts_but_not_a_weight_update(policies, lmdeploy_en
             with pytest.raises(dirl.Stopped):
                 engine.generate(prompts, keys)
             with pytest.raises(dirl.Stopped):
-                dirl.greedy_accuracy(policy, engine, c, [(p, "", "") for p in prompts], lambda answer, truth: 0, "now")
+                dirl.evaluate(policy, engine, c, [(p, "", "") for p in prompts], lambda answer, truth: 0)
         finally:
             dirl.stop_signal.clear()
 
