@@ -87,7 +87,7 @@ def block_mask(sees, N, device, tile=128):
 
 
 def layout(clean, blocks, views, B):
-    """One document: the clean copy of a sequence, then views: blocks as the model saw them at some moment.
+    """Fig. 4b's input, one document: the clean copy of a sequence, then views: blocks as they once stood.
 
     clean: [S] tokens, S a multiple of B; blocks: [V] block index of each view; views: [V, B] its tokens.
     Returns ids, pos, copy: [S + V·B]. A view has the position ids of its block, so that block = pos // B
@@ -97,20 +97,6 @@ def layout(clean, blocks, views, B):
     return {"ids": torch.cat([clean, views.flatten()]),
             "pos": torch.cat([torch.arange(S), (blocks[:, None] * B + inside).flatten()]),
             "copy": torch.cat([torch.zeros_like(clean), torch.arange(1, V + 1).repeat_interleave(B)])}
-
-
-def pack(lengths, max_tokens):
-    """Documents into rows of at most max_tokens, longest first, each into the first row with room; one that
-    is longer gets a row of its own. Returns a list of lists of document indices."""
-    rows, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = next((r for r in range(len(rows)) if lengths[i] <= room[r]), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(max_tokens)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-    return rows
 
 
 def join(documents, length=None):
@@ -133,8 +119,8 @@ def join(documents, length=None):
 
 
 def log_policy(logits, temperature, mask_id):
-    """log π_θ(· | b_t^k, b^{<k}): [..., vocab], at least float32. The one definition of the policy, for the
-    sampler and the scorer alike: temperature, and [MASK] (mask_id) forbidden."""
+    """Eq. 2: log π_θ(· | b_t^k, b^{<k}), [..., vocab], at least float32. The one definition of the policy,
+    for sampler and scorer alike: temperature, and [MASK] (mask_id) forbidden."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     forbidden = torch.tensor([mask_id], device=logits.device)
     return logits.index_fill(-1, forbidden, -torch.inf).log_softmax(-1)
@@ -189,19 +175,19 @@ def sft_loss(logp, weight, answer_tokens):
 
 
 def advantage(rewards, divide_by_std=False):
-    """A_i = r_i - (1/G) Σ_j r_j for rewards [groups, G]; section 3.2's "normalized" also divides by the
+    """Section 2.2: A_i = r_i - (1/G) Σ_j r_j, [groups, G]; section 3.2's "normalized" also divides by the
     group's standard deviation (the population's; a group of equal rewards has A = 0)."""
     A = rewards - rewards.mean(1, keepdim=True)
     return A / A.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8) if divide_by_std else A
 
 
 def C_eps(ratio, A, eps, eps_high):
-    """C_ε(ρ, A) = min(ρ A, clip(ρ, 1-ε, 1+ε) A), elementwise; eps_high is the ε of the upper side."""
+    """Eq. 5-8: C_ε(ρ, A) = min(ρ A, clip(ρ, 1-ε, 1+ε) A), elementwise; eps_high: the ε of the upper side."""
     return torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps_high) * A)
 
 
 def kl_k3(logp, logp_ref):
-    """KL[π_θ‖π_ref] at tokens drawn from π_θ, elementwise: π_θ/sg[π_θ] (π_ref/π_θ - 1 - log(π_ref/π_θ)).
+    """Eq. 5-7: KL[π_θ‖π_ref] of tokens from π_θ, each: π_θ/sg[π_θ] (π_ref/π_θ - 1 - log(π_ref/π_θ)).
 
     The bracket is k3. The factor before it is 1, and makes the expected gradient that of KL(π_θ‖π_ref)."""
     log_ratio = logp_ref - logp
@@ -212,23 +198,24 @@ def kl_k3(logp, logp_ref):
 
 
 def trajectory_document(prompt, output, steps, B, mask_id):
-    """A trajectory τ as one document; what stood in a block before a decoding step s, τ(1:s-1), is a view.
+    """Section 3.2: a trajectory τ, one document; as a block stood before its step s, τ(1:s-1), it is a view.
 
     prompt: [P]; output: [L], whole blocks to the end; steps: [L], the step map, the step within its block
     (from 1) at which each output token was committed. The view (k, s) shows the prompt's tokens and those
     committed before s, and [MASK] elsewhere. reads: [L], in the order of the output: where each
-    log π_θ(o | τ(1:s-1)) is read. The document has P + L + B Σ_k steps_k tokens."""
+    log π_θ(o | τ(1:s-1)) is read. The document has P + L + B Σ_k steps_k tokens. In brackets below: the
+    README's example, P P a b c d with steps 1 1 1 2 and B = 2."""
     P, S = len(prompt), len(prompt) + len(output)
     tokens = torch.cat([prompt, output])                                                # [S]
-    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)                  # [K, B] 0 for the prompt
-    count = step.max(1).values                                                          # [K] steps_k
-    first = count.cumsum(0) - count                                                 # [K] views before block k
-    blocks = torch.arange(S // B).repeat_interleave(count)                            # [V] block of each view
-    s = torch.arange(len(blocks)) - first[blocks] + 1                                  # [V] its decoding step
+    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)          # [K, B] (0 0 | 1 1 | 1 2)
+    count = step.max(1).values                                               # [K] steps_k (0 1 2)
+    first = count.cumsum(0) - count                                          # [K] views before it (0 0 1)
+    blocks = torch.arange(S // B).repeat_interleave(count)                   # [V] block of each view (1 2 2)
+    s = torch.arange(len(blocks)) - first[blocks] + 1                        # [V] its decoding step (1 1 2)
     views = torch.where(step[blocks] < s[:, None], tokens.view(-1, B)[blocks], mask_id)  # [V, B]
     document = layout(tokens, blocks, views, B)
     p = torch.arange(P, S)                                                              # [L] positions of o
-    document["reads"] = S + (first[p // B] + steps - 1) * B + p % B
+    document["reads"] = S + (first[p // B] + steps - 1) * B + p % B          # (6 7 8 11)
     document["target"] = output
     return document
 
@@ -263,7 +250,8 @@ def eq7(logp, logp_old, A, w, eps, eps_high):
 def eq8(logp, logp_old, A, w, eps, eps_high, view):
     """Eq. 8: J = 1/Σ_i |τ_i| Σ_i Σ_t C_ε(π_θ(τ_i(t) | τ_i(1:t-1)) / sg[π_θ(τ_i(t) | τ_i(1:t-1))], A_i).
 
-    As Eq. 7, but the ratio is that of a step's tokens together; view: [R], the number of the token's step."""
+    As Eq. 7, but the ratio is that of a step's tokens together. view: [R], the number of the token's view in
+    the row, from 0 (`join` counts on from document to document): one view, one step, one A and w."""
     log_ratio = logp - (logp.detach() if logp_old is None else logp_old)
     T = int(view.max()) + 1 if len(view) else 0                                    # decoding steps in the row
     ratio = logp.new_zeros(T).index_add(0, view, log_ratio).exp()                 # [T] of joint probabilities
@@ -276,15 +264,15 @@ def eq8(logp, logp_old, A, w, eps, eps_high, view):
 
 
 def draw(log_pi, u):
-    """One token a position from π, its distribution function inverted at u ∈ [0, 1); never one with π = 0.
+    """Section 5.1: a token a position from π, its distribution function inverted at u; none with π = 0.
 
-    log_pi: [..., vocab]; u: [...] float64."""
+    log_pi: [..., vocab]; u: [...] float64 in [0, 1)."""
     cdf = log_pi.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, u[..., None] * (1 - 1e-12) * cdf[..., -1:], right=True)[..., 0]
 
 
 def unmask(log_pi, token, masked, rule, tokens_per_step, threshold, confidence):
-    """Which masked positions of a block are committed at this step: bool [n, B].
+    """Section 5.1: which masked positions of a block are committed at this step, bool [n, B].
 
     log_pi: [n, B, vocab]; token: [n, B], drawn there; masked: [n, B]. static: the tokens_per_step most
     confident; sequential: the leftmost ones; dynamic: all of at least `threshold`, and always the most
@@ -383,9 +371,9 @@ class Config:
     held_out: int = flag(256, "problems kept for evaluation, of a file at most a tenth", least=0)
     eval_data: str = flag(None, "rl: problems for evaluation, in place of held-out ones of --data")
     eval_every: int = flag(None, "rl: evaluate every so many steps, besides before and after", least=1)
-    thresholds: list = flag(None, "evaluate static, and dynamic at each of these; else as --unmask says",
-                            "0.9; Fig. 8: 0.5 to 0.99", least=0)
-    samples: int = flag(0, "eval, show: answers a problem, drawn as in rl; 0: the greedy one", least=0)
+    thresholds: list = flag(None, "evaluate static, and dynamic at each of these; else as in rl, or "
+                                  "in eval at --threshold", "0.9; Fig. 8: 0.5 to 0.99", least=0)
+    samples: int = flag(0, "evaluation, show: answers a problem, drawn as in rl; 0: the greedy one", least=0)
     prompt: str = flag(None, "show: what to ask; else the first problem of --data")
     hsdp: int = flag(None, "ranks that share one copy of the model (a node's); default all", least=1)
     save_every: int = flag(None, "steps between saves of what --resume needs", "10 (authors' code)", least=1)
@@ -395,15 +383,13 @@ class Config:
 # tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
 PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
-                 batch=24, save_every=100),
-    "tiny sft": dict(steps=700, lr=3e-3, schedule="cosine", warmup=20),
-    "tiny rl": dict(steps=60, lr=2e-4, schedule="constant", warmup=5),
+                 batch=24),
+    "tiny sft": dict(steps=700, lr=3e-3, schedule="cosine", warmup=20, save_every=100),
+    "tiny rl": dict(steps=60, lr=2e-4, schedule="constant", warmup=5, save_every=20),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
                  batch=16, save_every=10),
     "real sft": dict(steps=100, lr=1e-5, schedule="cosine", warmup=10),
     "real rl": dict(steps=40, lr=1e-6, schedule="constant", warmup=10),
-    "tiny eval": dict(thresholds=[0.9]),
-    "real eval": dict(thresholds=[0.9]),
     "paper": dict(max_length=8192, max_new_tokens=8192, prompts=128, group_size=32, batch=512)}
 
 
@@ -451,6 +437,8 @@ def configure(given, stage):
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
     if c.eval_data and not c.data:
         fail("--eval-data without --data: one reward judges both, and stage eval reads --data")
+    if stage == "eval" and not given.unmask:
+        c.thresholds = c.thresholds or [c.threshold]
     if stage == "eval" and not c.data and not c.held_out:
         fail("--held-out 0: nothing is left to evaluate; or name a file with --data")
     if stage in ("eval", "show") and c.model == "tiny":
@@ -712,7 +700,8 @@ def read_config(folder, c):
         value = config.get(name)
         value = value[0] if name == "eos_token_id" and isinstance(value, list) and value else value
         if type(value) is not int or value < 0:
-            fail(f"--model {folder}: {name} is {value!r} in its config.json; a number is needed")
+            or_flag = ", or the flag --block-size" if name == "block_size" else ""
+            fail(f"--model {folder}: {name} is {value!r} in its config.json; a number is needed{or_flag}")
     if config["mask_token_id"] >= config["vocab_size"]:
         fail(f"--model {folder}: mask_token_id {config['mask_token_id']} is not below vocab_size "
              f"{config['vocab_size']} in its config.json")
@@ -842,7 +831,8 @@ class Trajectory:
 
 def uniform(seed, position, left):
     """The u ∈ [0, 1) to draw the token at `position` [n, B] with while `left` [n] tokens of its block are
-    masked: splitmix64 of the two and the trajectory's seed [n], int64 wrapping around. [n, B] float64."""
+    masked (so that a rejected position gets a new one): [n, B] float64. splitmix64 of the two and the
+    trajectory's seed [n], with int64 that wraps around."""
     x = seed[:, None] + position * -0x61C8864680B583EB + left[:, None] * -0x2E99A7B4E3D5F9C1
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x = (x ^ (x >> shift & 2**(64 - shift) - 1)) * factor
@@ -931,7 +921,8 @@ def decode(policy, prompts, seeds, c):
         tokens[at] = torch.where(new, token, tokens[at])
         steps[at] = torch.where(new, s[:, None], steps[at])
         logp[at] = torch.where(new, log_pi, logp[at])
-        # A whole block gets one more pass, for its clean keys and values, unless it was the last.
+        # B = 4 at 2 tokens a step: passes 1 and 2 commit; now the block is whole, but the cache has keys and
+        # values of its [MASK]s; pass 3 (was_whole) leaves those of its tokens, unless the sequence has ended.
         stopped = (torch.isin(tokens[at], stop_ids) & is_output[at]).any(1)
         ended = (masked == new).all(1) & (stopped | (k + 1 == end[live]))
         was_whole = ~masked.any(1)
@@ -975,7 +966,12 @@ def hook_lmdeploy(policy, c, requests, finished):
     LMDeploy schedules, batches, runs the model and keeps its cache; what becomes of the logits, `denoise`
     decides, as in `decode`. So the faults of its sampler do not matter: it gives row r the parameters of
     request r % n, so that rollouts of one prompt come out equal, and all tokens of a block one random number.
-    requests: {session id: (seed, temperature)}; finished: {session id: (output, steps, logp)}."""
+    requests: {session id: (seed, temperature)}; finished: {session id: (output, steps, logp)}.
+
+    On the device, at every forward: make_extra_inputs [n rows: block state, request] → the model →
+    post_sampling (denoise; state MASKED → UNMASKED, and CACHED after the clean pass) → make_extra_outputs.
+    StepInputs keeps the rows from one forward to the next. In the scheduler: SequenceStrategy.update_running
+    → Sequence, which writes down what became of its block."""
     from lmdeploy.pytorch.consts import DLLM_CACHED, DLLM_MASKED, DLLM_UNMASKED
     from lmdeploy.pytorch.strategies import dllm
     from lmdeploy.pytorch.strategies.dllm import model_agent, sequence, step_inputs
@@ -1288,6 +1284,20 @@ def gathered(model):
             m.reshard()
 
 
+def pack(lengths, max_tokens):
+    """Documents into rows of at most max_tokens, longest first, each into the first row with room; one that
+    is longer gets a row of its own. Returns a list of lists of document indices."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r in range(len(rows)) if lengths[i] <= room[r]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
+
+
 def deal(lengths, max_tokens):
     """Documents of these lengths → (rows of document indices for this rank, imbalance).
 
@@ -1480,26 +1490,46 @@ def nth(items, n, *key):
     return items[order(len(items), *key, epoch)[i]]
 
 
-def announce(c, config):
-    """One line before anything is loaded: what a step asks for, in tokens and memory."""
+def memory(c, config, ranks, cuda):
+    """(weights of a model, bytes that a rank needs to load, to train and to roll out), by formula.
+
+    AdamW in float32, sharded; whole layers in bfloat16 on CUDA; hidden states, kept layer by layer; the cache
+    of all sequences, or of one with LMDeploy, which takes what is free for more."""
     d, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     q, kv = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    weights = layers * d * (2 * q + 2 * kv + 3 * config["intermediate_size"]) + 2 * vocab * d
-    what, ceiling, cache = f"{c.batch} examples", c.batch * c.max_length, 0
+    layer = d * (2 * q + 2 * kv + 3 * config["intermediate_size"])
+    ends = vocab * d * (1 if config.get("tie_word_embeddings") else 2)
+    weights, width = layers * layer + ends, 2 if cuda else 4                            # bytes a number
+    sharded = cuda or ranks > 1
+    kept = weights * (16 if c.stage == "rl" and c.beta else 12) / (c.hsdp or ranks)     # moments, a reference
+    gathered = 2 * (4 * ends + width * layer) * sharded                                 # with their gradients
+    step = c.max_tokens * layers * d * 4 + 3 * 512 * vocab * 4                          # a chunk of logits
+    training = kept + weights * 4 / (c.hsdp or ranks) + gathered + step
+    sequence = (c.max_length + c.max_new_tokens) * layers * 2 * kv * width
+    rollout = kept + sequence * min(c.slots, c.prompts * c.group_size)
+    rollout += (4 * ends + width * layers * layer) * sharded
+    if c.engine == "lmdeploy":
+        rollout = kept + 2 * weights + sequence
+    return weights, {"loading": weights * 4, "training": training, "rollout": rollout * (c.stage == "rl")}
+
+
+def announce(c, config):
+    """One line before anything is loaded: what a step asks for, in tokens and memory."""
+    cuda, ranks = torch.cuda.is_available(), world()
+    weights, bytes_of = memory(c, config, ranks, cuda)
+    need = max(bytes_of.values())
+    what, ceiling = f"{c.batch} examples", c.batch * c.max_length
     if c.stage == "rl":
         n = c.prompts * c.group_size
         what, ceiling = f"{c.prompts} prompts x {c.group_size} = {n} trajectories", n * c.max_new_tokens
-        cache = min(n, c.slots) * (c.max_length + c.max_new_tokens) * layers * 2 * kv * 4
-    training = c.max_tokens * layers * d * 4 + 3 * 512 * vocab * 4  # hidden states, a chunk of logits
-    gigabytes = (weights * (20 if c.beta else 16) + max(cache, training)) / 1e9     # AdamW: 16 bytes a weight
-    what = f"{what} a step, at most {ceiling:,} tokens; {weights / 1e6:,.1f}M weights"
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        there = torch.cuda.mem_get_info()[1] * world()
-    if gigabytes > there / 1e9:
-        fail(f"{what}: about {gigabytes:,.0f} GB of memory, and {there / 1e9:.0f} GB are there; lower "
-             "--slots, --max-new-tokens or --max-tokens, or take more ranks")
-    say(f"{c.stage}: {what}, about {gigabytes:.1f} GB of memory")
+    there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = torch.cuda.mem_get_info()[1] if cuda else there
+    what = f"{what} a step, at most {ceiling:,} tokens; {weights / 1e6:,.1f}M weights"
+    if need > there:
+        fail(f"{what}: about {need / 1e9:,.0f} GB of memory a rank, and {there / 1e9:.0f} GB are there; "
+             "lower --slots, --max-new-tokens or --max-tokens, or take more ranks")
+    say(f"{c.stage}: {what}, about {need / 1e9:.1f} GB of memory a rank")
 
 
 # ---- 8. The SFT loop ---------------------------------------------------------------------------------------
@@ -1864,7 +1894,7 @@ def run_stage(c, folder, records, reward, eval_records=None):
 
 
 def choose_out(c):
-    """--out, or a fresh folder for the tiny model and for eval, and one for each checkpoint that is trained."""
+    """--out, or a fresh folder for the tiny model and for eval, and one for each checkpoint trained."""
     if c.out:
         return c.out
     if c.model != "tiny" and c.stage != "eval":
@@ -1912,6 +1942,7 @@ def main(argv=None):
     if c.stage != "show" and finished(c):
         say(f"{os.path.join(c.out, c.stage)} exists: this stage is finished. Name a new folder with --out")
         return
+    # The tiny model's rl begins with sft on the built-in task, unless OUT has that; a checkpoint's does not.
     not_for_sft = dict.fromkeys(("steps", "lr", "schedule", "warmup", "data", "max_length", "eval_data"))
     sft = replace(configure(argparse.Namespace(**vars(given) | not_for_sft), "sft"), out=c.out)
     sft_first = tiny and c.stage == "rl" and not finished(sft)

@@ -4,6 +4,7 @@
     python -m pytest test_dirl.py
 """
 import argparse
+import ast
 import asyncio
 import contextlib
 import copy
@@ -253,6 +254,13 @@ def test_block_mask_and_strips_are_the_mask_and_attention_agrees_under_them():
                 assert mask[q, kv].any()
     visible = mask.view(18, 128, 18, 128).sum((1, 3))
     assert torch.equal(expanded, mask) and all(kinds.values()) and (visible == 128 * 128 - 16).any()
+    doc, pos = (torch.tensor([0] * 127 + [1] * 2 + [2] * 127), torch.cat([torch.arange(n) for n in (127, 2, 127)]))
+    alone = dirl.block_mask(dirl.mask_mod(doc, torch.zeros_like(doc), pos), 256, "cpu")     # B = 1: a tile of one visible pair
+    assert alone.kv_num_blocks[0, 0].tolist() == [1, 2] and alone.full_kv_num_blocks.sum() == 0
+    small = dirl.block_mask(sees, N, "cpu", tile=64)
+    assert small.BLOCK_SIZE == (64, 64) and small.to_dense().shape[-2:] == (36, 36) and small.kv_indices.dtype == torch.int32
+    meta = (torch.zeros(256, dtype=torch.long, device="meta") for _ in range(3))
+    assert dirl.block_mask(dirl.mask_mod(*meta), 256, "meta").kv_num_blocks.device.type == "meta"
     q, k, v = (torch.randn(1, heads, N, 16, generator=g) for heads in (4, 2, 2))
     fast = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
     slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
@@ -798,7 +806,7 @@ def dipo_gradient(policy, tables, coefficients):
 
 def in_groups(table, r, G, objective="eq6", adv_std=False, dropped=False):
     """What a trajectory's factor is in expectation over all groups of G: the batch is every group there can be, each
-    with its probability; dropped: flat groups are sampled again, as in DAPO. [trajectories]"""
+    with its probability; dropped: flat groups do not count, and the rest makes up for them. [trajectories]"""
     n, p = len(table.p), table.p.detach()
     groups = torch.cartesian_prod(*[torch.arange(n)] * G)                                    # [n^G, G]
     P = p[groups].prod(1)
@@ -808,6 +816,12 @@ def in_groups(table, r, G, objective="eq6", adv_std=False, dropped=False):
     A = dirl.advantage(r[groups], adv_std)
     w = dirl.trajectory_weights(table.size[groups], objective) * len(groups)        # its mean over groups becomes P
     return torch.zeros(n, dtype=torch.float64).index_add(0, groups.flatten(), (P[:, None] * A * w).flatten())
+
+
+def mixed_share(table, r, G):
+    """The probability that a group of G has unequal rewards."""
+    groups = torch.cartesian_prod(*[torch.arange(len(table.p))] * G)
+    return table.p.detach()[groups].prod(1) @ (r[groups].amax(1) > r[groups].amin(1)).double()
 
 
 def exact_gradient(policy, tables, rewards=None):
@@ -869,9 +883,9 @@ def test_unbiased_no_more_where_the_length_depends_on_the_draws():
     assert eq8_of_four < 0.6 * eq8_of_two                           # the sum over a group hardly depends on one of it
 
 
-@pytest.mark.parametrize("name", ["--adv-std", "flat groups sampled again"])
+@pytest.mark.parametrize("name", ["--adv-std", "flat groups, same prompt again"])
 def test_unbiased_for_another_average_of_the_prompts(name):
-    """Right or wrong answers: dividing by the group's standard deviation, and sampling again where a group is flat, leave
+    """Right or wrong answers: dividing by the group's standard deviation, and sampling a prompt until its group is mixed, leave
     each prompt's gradient exact in direction and weigh the prompts anew, by their rate of right answers."""
     policy, tables = enumerated(("static", 1, 0.7, "top1"))
     G, rewards, scales, options = 4, [(t.r > 0.3).double() for t in tables], [], {"adv_std": name == "--adv-std"}
@@ -891,6 +905,15 @@ def test_unbiased_for_another_average_of_the_prompts(name):
               f"(expected {expected:.4f})")
         assert bias(estimate, exact) < 1e-10 and abs(scales[-1] - expected) < 1e-10 and 0.05 < rate < 0.95
     assert abs(scales[0] / scales[1] - 1) > 0.01
+    if name == "flat groups, same prompt again":
+        # DAPO, and dirl.dynamic_sampling, draw *other* prompts: one counts as often as its groups are mixed, which is exact again.
+        for chosen in (rewards, [t.r for t in tables]):
+            share = torch.stack([mixed_share(t, r, G) for t, r in zip(tables, chosen)])
+            factors = [in_groups(t, r, G, "eq8", dropped=True) * s for t, r, s in zip(tables, chosen, share / share.sum())]
+            estimate, exact = dipo_gradient(policy, tables, factors), exact_gradient(policy, tables, chosen)
+            print(f"flat groups, other prompts instead: relative error after the best scaling {bias(estimate, exact):.1e}")
+            assert bias(estimate, exact) < 1e-10
+            assert abs(3 * estimate @ exact / (exact @ exact) - (G - 1) / G / share.sum()) < 1e-10
     both = dipo_gradient(policy, tables, [in_groups(t, r, G, "eq8", **options) for t, r in zip(tables, rewards)])
     error = bias(both, exact_gradient(policy, tables, rewards))
     real = bias(dipo_gradient(policy, tables, [in_groups(t, t.r, G, "eq8", **options) for t in tables]),
@@ -1689,6 +1712,159 @@ def test_show_is_the_trajectory(trained, capsys):
     assert capsys.readouterr().out.splitlines()[0] == question
 
 
+# ---- what the README says -----------------------------------------------------------------------------------------
+
+README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+
+
+def equation_rows():
+    """The README's table of equations: (paper, equation, function, first line, last line)."""
+    for row in README.splitlines():
+        m = re.fullmatch(r"\| (.+?) \| (.+?) \| \[`(\w+)`\]\(dirl\.py#L(\d+)-L(\d+)\) \| (\d+)-(\d+) \|", row)
+        if m:
+            assert m[4:6] == m[6:8], row
+            yield m[1], m[2].replace("\\|", "|").strip("`"), m[3], int(m[4]), int(m[5])
+
+
+def test_equation_table_is_where_and_what_it_says():
+    lines = open(dirl.__file__, encoding="utf-8").read().splitlines()
+    cut = next(i for i, line in enumerate(lines, 1) if line.startswith("# ====="))
+    found = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)}
+    rows = list(equation_rows())
+    for paper, equation, name, first, last in rows:
+        node = found[name]
+        assert (node.lineno, node.end_lineno) == (first, last) and last < cut, f"{name}: lines {node.lineno}-{node.end_lineno}"
+        text = " ".join(ast.get_docstring(node).split())
+        assert paper.split(",")[0] in text and equation in text, (name, paper, equation)
+    assert [name for *_, name, _, _ in rows] == sorted((name for *_, name, _, _ in rows), key=lambda name: found[name].lineno)
+    assert {"mask_mod", "log_policy", "sft_loss", "C_eps", "trajectory_document", "eq6", "eq7", "eq8", "unmask"} <= {row[2] for row in rows}
+    copied = set(re.findall(r"`(\w+)`", README.split("## Copy it")[1].split("\n## ")[0]))
+    assert copied == {name for name, node in found.items() if node.lineno < cut}
+
+
+ALONE = """
+import sys, types
+source, tests = sys.argv[1:]
+paper = types.ModuleType("paper")
+exec("import torch", vars(paper))
+exec(source, vars(paper))
+for name in list(sys.modules):                                      # nothing but torch and what torch itself has brought
+    assert not name.startswith(("transformers", "lmdeploy", "tqdm", "dirl")), name
+sys.modules["dirl"] = paper
+exec(tests)
+"""
+
+ON_ITS_OWN = """
+import torch, dirl
+B, MASK = 2, 9
+
+u, z = torch.tensor([0.5, 0.2]), torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+sft = dirl.noised_document(torch.tensor([1, 2, 3, 4, 5, 6]), 3, u, z, B, MASK)
+assert sft["ids"].tolist() == [1, 2, 3, 4, 5, 6, 3, MASK, MASK, 6] and sft["target"].tolist() == [4, 5]
+t = dirl.trajectory_document(torch.tensor([1, 2]), torch.tensor([3, 4, 5, 6]), torch.tensor([1, 1, 1, 2]), B, MASK)
+assert t["ids"].tolist() == [1, 2, 3, 4, 5, 6, MASK, MASK, MASK, MASK, 5, MASK] and t["reads"].tolist() == [6, 7, 8, 11]
+row = dirl.join([t], 12)
+sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // B)
+i = torch.arange(12)
+assert sees(0, 0, i[10], i).tolist() == [True] * 4 + [False] * 6 + [True] * 2
+assert [kv.tolist() for kv, _ in dirl.strips(sees, 12, "cpu", tile=6)] == [[*range(6)], [*range(4), *range(6, 12)]]
+assert dirl.block_mask(sees, 12, "cpu", tile=6).kv_num_blocks.tolist() == [[[1, 2]]]
+hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8)
+logp, entropy = dirl.log_probs(hidden, weight, t["target"], 1.0, MASK)
+log_pi = dirl.log_policy(hidden @ weight.T, 1.0, MASK)
+assert torch.allclose(logp, log_pi[range(4), t["target"]]) and (entropy > 0).all()
+A = dirl.advantage(torch.tensor([[1.0, 0.0]]))
+w = dirl.trajectory_weights(torch.tensor([[2, 3]]), "eq8")
+assert A.tolist() == [[0.5, -0.5]] and w.tolist() == [[0.2, 0.2]]
+one = torch.ones(4)
+for eq, more in ((dirl.eq6, ()), (dirl.eq7, ()), (dirl.eq8, (t["copy"][t["reads"]] - 1,))):
+    J, clipped = eq(logp, logp.detach(), 0.5 * one, 0.2 * one, 0.2, 0.2, *more)
+    (gradient,) = torch.autograd.grad(J, logp, retain_graph=True)
+    assert torch.allclose(gradient, 0.1 * one) and not clipped.any()
+assert dirl.C_eps(torch.tensor(1.5), torch.tensor(1.0), 0.2, 0.2) == 1.2 and dirl.kl_k3(logp, logp).abs().max() == 0
+assert dirl.sft_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0]), 5) == 1
+token = dirl.draw(log_pi[None, :2], torch.tensor([[0.5, 0.5]], dtype=torch.double))
+new = dirl.unmask(log_pi[None, :2], token, torch.tensor([[True, True]]), "static", 1, 0.9, "top1")
+assert token.shape == (1, 2) and new.sum() == 1
+assert dirl.layout(torch.arange(4), torch.tensor([1]), torch.tensor([[9, 9]]), B)["pos"].tolist() == [0, 1, 2, 3, 2, 3]
+"""
+
+
+def test_what_stands_above_the_cut_works_in_an_empty_module():
+    source = open(dirl.__file__, encoding="utf-8").read().split("# =====")[0]
+    tree = ast.parse(source)
+    assert {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)} == {"torch", "torch.nn.attention.flex_attention"}
+    assert all(f"dirl.{node.name}(" in ON_ITS_OWN or f"dirl.{node.name}," in ON_ITS_OWN for node in tree.body if isinstance(node, ast.FunctionDef))
+    subprocess.run([sys.executable, "-c", ALONE, source, ON_ITS_OWN], check=True, cwd="/")
+
+
+def readme_commands():
+    return [line[4:] for line in README.splitlines() if re.match(r"    (pip|python|torchrun) ", line)]
+
+
+def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
+    """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements with --help."""
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}) + "\n")
+    for name in ("problems.jsonl", "test.jsonl"):
+        Path(name).write_text(json.dumps({"question": "2+1", "answer": "3"}) + "\n")
+    os.makedirs("JetLM")
+    shutil.copytree(policies(4).folder, "JetLM/SDAR-8B-Chat")
+    shutil.copytree(trained, "runs/tiny-0")
+    short = {"sft": "--batch 2", "rl": "--prompts 1 --group-size 2 --max-new-tokens 4 --max-attempts 1", "eval": "--max-new-tokens 4", "show": ""}
+    ran = []
+    for command in readme_commands():
+        for part in command.split(" && "):
+            words = part.split()
+            if words[:2] == ["pip", "install"]:
+                assert set(words[2:]) <= {"-r", "requirements.txt", "pytest"} and os.path.exists(os.path.join(HERE, "requirements.txt"))
+            elif "dirl.py" not in words and "test_dirl.py" in words and "pytest" not in words:
+                given = subprocess.run([sys.executable, os.path.join(HERE, "test_dirl.py"), "--help"], capture_output=True, text=True, check=True)
+                assert words[2] in given.stdout
+            elif "pytest" in words or ".github/pictures.py" in words:
+                assert words[1:3] == ["-m", "pytest"] or os.path.exists(os.path.join(HERE, words[1]))
+            elif words[-1] == "--help":
+                with pytest.raises(SystemExit) as end:
+                    dirl.main(words[words.index("dirl.py") + 1:])
+                assert end.value.code == 0
+            else:
+                argv = words[words.index("dirl.py") + 1:]
+                stage = argv[argv.index("--stage") + 1]
+                steps = "2" if "--resume" in argv else "1"
+                if "--model" not in argv:                            # the default run: that is what `trained` did
+                    continue
+                dirl.main([*argv, *short[stage].split(), *(["--steps", steps, "--save-every", "1"] if stage in ("sft", "rl") else [])])
+            ran.append(part)
+    assert len(ran) > 8 and {"show", "eval", "sft", "rl"} <= {words[words.index("--stage") + 1] for words in map(str.split, ran) if "--stage" in words}
+    assert [line["step"] for line in metrics("runs/my", "rl")] == [1, 2] and os.path.exists("runs/eval-0/eval.jsonl")
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_pictures_and_memory_table_come_from_the_code(trained, tmp_path):
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("pictures", os.path.join(HERE, ".github", "pictures.py"))
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.HERE = str(tmp_path)
+    pictures.mask()
+    pictures.curves([trained, trained])
+    (tmp_path / "bench.txt").write_text(f"{'1024':8} {2:11}  {'one forward (ours)':22} {1600:14,} {1.99:8.2f} {0.41:6.2f} {0.75:8.2f}\n")
+    pictures.cost(tmp_path / "bench.txt")
+    (tmp_path / "text").write_text("static, top1: relative error of the expected gradient 2.0e-15, x\nseed 0, --unmask dynamic, x\n"
+                                   "    committed at step 2:  10% of the tokens; x: mean 0.388, median\n")
+    pictures.bias(tmp_path / "text")
+    pictures.one_step(tmp_path / "text")
+    from xml.dom.minidom import parse
+    shown = set(re.findall(r"\]\(\.github/([\w-]+\.svg)\)", README))
+    assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg"}
+    for name in shown:
+        assert "prefers-color-scheme:dark" in (tmp_path / name).read_text()
+        assert len(parse(str(tmp_path / name)).getElementsByTagName("text")) > 3
+    assert (tmp_path / "mask.svg").read_text() == open(os.path.join(HERE, ".github", "mask.svg"), encoding="utf-8").read()
+    assert memory_table() in README
+
+
 # ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
 
 
@@ -1978,9 +2154,11 @@ def bench_policy():
 
 def bench_trajectories(lengths, per_step, scale):
     """The trajectories of a case: "paper" has one of 1024 + 8192 tokens, "Table 1" one of MATH500's mean output length and
-    one of GSM8K's, after prompts of 200 tokens, all in 1/scale; random tokens, random order, per_step tokens a step."""
+    one of GSM8K's, after prompts of 200 tokens, a number one of 1024 + as many, all in 1/scale; random tokens, random
+    order, per_step tokens a step."""
     g, trajectories = torch.Generator().manual_seed(1), []
-    for P, L in [(1024, 8192)] if lengths == "paper" else [(200, L) for L in TABLE_1[per_step]]:
+    known = {"paper": [(1024, 8192)], "Table 1": [(200, L) for L in TABLE_1[per_step]]}
+    for P, L in known.get(lengths) or [(1024, int(lengths))]:
         P, S = P // scale, (P + L) // scale // 4 * 4
         steps = torch.zeros(S, dtype=torch.long)
         for k in range(P // 4, S // 4):
@@ -2062,7 +2240,8 @@ def bench():
           "backward.\nMemory: the process's peak above the model. Differences: to the authors' layout.\n")
     print(f"{'lengths':8} {'tokens/step':>11}  {'layout':22} {'forward tokens':>14} {'seconds':>8} {'ratio':>6} "
           f"{'peak GB':>8} {'max |Δ log π|':>13} {'rel. Δ gradient':>15}")
-    for lengths, per_step in itertools.product(("paper", "Table 1"), (1, 2)):
+    growing = [(str(L), 2) for L in (1024, 2048, 4096, 8192)]
+    for lengths, per_step in [*itertools.product(("paper", "Table 1"), (1, 2)), *growing]:
         first = None
         for layout, title in LAYOUTS.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -2231,6 +2410,174 @@ def one_step():
                 dirl.trajectory_document = TRAJECTORY_DOCUMENT
 
 
+# ---- python test_dirl.py --memory: what training asks of a GPU, by formula ------------------------------------------
+
+# Qwen3's sizes, which SDAR took over; the output embedding counted as a matrix of its own.
+SIZES = {"1.7B": (2048, 6144, 28, 16), "4B": (2560, 9728, 36, 32), "8B": (4096, 12288, 36, 32)}
+
+
+def memory_table():
+    """README's table: gigabytes a GPU with --recipe paper and LMDeploy."""
+    lines = ["| model | GPUs | loading | training | rollout |", "|---|---|---|---|---|"]
+    for (name, (d, inter, layers, heads)), ranks in itertools.product(SIZES.items(), (1, 8)):
+        config = dict(hidden_size=d, intermediate_size=inter, num_hidden_layers=layers, num_attention_heads=heads, head_dim=128,
+                      num_key_value_heads=8, vocab_size=151936)
+        c = replace(flags("--model", name, "--recipe", "paper"), engine="lmdeploy")
+        cells = (f"{x / 1e9:.0f} GB" for x in dirl.memory(c, config, ranks, cuda=True)[1].values())
+        lines.append(f"| {name} | {ranks} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---- python test_dirl.py --mutate: does a test fail when a line above the cut is changed? ----------------------------
+
+OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.FloorDiv],
+             ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Lt: [ast.LtE, ast.Gt],
+             ast.LtE: [ast.Lt, ast.GtE], ast.Gt: [ast.GtE, ast.Lt], ast.GtE: [ast.Gt, ast.LtE], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is]}
+CALLS = {"minimum": "maximum", "min": "max", "max": "min", "sum": "mean", "mean": "sum", "any": "all", "all": "any", "zeros": "ones",
+         "zeros_like": "ones_like", "ones_like": "zeros_like", "new_zeros": "new_ones", "cumsum": "cumprod", "index_add": "index_copy",
+         "index_copy": "index_add", "expand_as": "view_as", "log_softmax": "softmax", "searchsorted": "bucketize"}
+DROPPED = {"detach", "exp", "square", "sqrt", "flatten", "clamp", "clamp_min", "log_softmax", "cumsum", "masked_fill", "index_fill", "double",
+           "to", "float", "argsort", "expand_as"}
+
+
+def changed(node):
+    """What may stand in the place of a node of the syntax tree: (what was changed, other node)."""
+    if isinstance(node, ast.BinOp | ast.UnaryOp):
+        for other in OPERATORS.get(type(node.op), []):
+            yield ast.BinOp(node.left, other(), node.right)
+        yield from [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    if isinstance(node, ast.AugAssign | ast.Expr) or isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+        yield ast.Pass()
+    if isinstance(node, ast.AugAssign):
+        yield from (ast.AugAssign(node.target, other(), node.value) for other in OPERATORS[type(node.op)])
+    if isinstance(node, ast.Compare):
+        for other in OPERATORS.get(type(node.ops[0]), []):
+            yield ast.Compare(node.left, [other()], node.comparators)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+        values = [not node.value] if isinstance(node.value, bool) else [node.value + 1, node.value - 1]
+        yield from map(ast.Constant, [node.value * 2] if isinstance(node.value, float) else values)
+    if isinstance(node, ast.IfExp):
+        yield from (node.body, node.orelse, ast.IfExp(node.test, node.orelse, node.body))
+    if isinstance(node, ast.Slice):
+        yield from [ast.Slice(None, node.upper)] * (node.lower is not None) + [ast.Slice(node.lower, None)] * (node.upper is not None)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in CALLS:
+            yield ast.Call(ast.Attribute(node.func.value, CALLS[node.func.attr], ast.Load()), node.args, node.keywords)
+        if node.func.attr in DROPPED:
+            yield node.func.value
+    if isinstance(node, ast.Call) and node.keywords:
+        yield from (ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1:]) for i in range(len(node.keywords)))
+    if isinstance(node, ast.Call) and len(node.args) > 1:
+        yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
+
+
+def mutants():
+    """[(function, line, old code, new code, mutated source of the function)] of all that stands above the cut line."""
+    found = []
+    for function in ast.parse(open(dirl.__file__, encoding="utf-8").read().split("# =====")[0]).body:
+        if isinstance(function, ast.FunctionDef):
+            function.body = function.body[1:]                       # without its docstring
+            places = [(parent, name, i) for parent in ast.walk(function) for name, value in ast.iter_fields(parent)
+                      for i, child in enumerate(value if isinstance(value, list) else [value]) if isinstance(child, ast.AST)]
+            for parent, name, i in places:
+                value = getattr(parent, name)
+                values = value if isinstance(value, list) else [value]
+                node, shown = values[i], parent if isinstance(parent, ast.expr | ast.keyword) else values[i]
+                for other in changed(node):
+                    old, line = ast.unparse(shown), getattr(shown, "lineno", 0)
+                    put = values[:i] + [ast.fix_missing_locations(ast.copy_location(other, node))] + values[i + 1:]
+                    setattr(parent, name, put if isinstance(value, list) else put[0])
+                    new = ast.unparse(shown if shown is parent else other)
+                    found.append((function.name, line, old, new, ast.unparse(ast.fix_missing_locations(function))))
+                    setattr(parent, name, value)
+    return [mutant for mutant in found if mutant[2] != mutant[3]]
+
+
+class Mutate:
+    """A pytest plugin: instead of running the tests once, it runs those that reach a function for each of its mutants, in
+    forked processes, two at a time, until one fails; a mutant that hangs counts as caught."""
+    def __init__(self, functions):
+        self.queue = [mutant for mutant in mutants() if not functions or mutant[0] in functions]
+
+    def pytest_runtestloop(self, session):
+        from _pytest.runner import runtestprotocol
+        items = [item for item in session.items if not {"trained", "lmdeploy_engine", "tmp_path"} & set(item.fixturenames)]
+
+        def passes(item):
+            item._initrequest()
+            reports = runtestprotocol(item, log=False, nextitem=items[item is items[0]])    # another one: fixtures stay
+            return all(report.passed or report.skipped for report in reports)
+        queue, reached, seconds = self.queue, {}, {}
+
+        def spied(name, function):
+            def call(*args, **more):
+                reached.setdefault(name, set()).add(current)
+                return function(*args, **more)
+            return call
+        originals = {name: getattr(dirl, name) for name, *_ in queue}
+        vars(dirl).update({name: spied(name, function) for name, function in originals.items()})
+        for current in items:
+            start = time.perf_counter()
+            assert passes(current), f"{current.nodeid} fails without a mutation"
+            seconds[current] = time.perf_counter() - start
+        vars(dirl).update(originals)
+        running, survivors, equivalent, begin = {}, [], [], time.time()
+        known = {key for key, _ in EQUIVALENT}
+
+        def reap():
+            pid, status = os.wait()
+            mutant = running.pop(pid)
+            if status == 0:
+                same = (mutant[0], *mutant[2:4]) in known
+                (equivalent if same else survivors).append(mutant)
+                print("{}: {}, line {}: {}  ->  {}".format("equivalent" if same else "SURVIVED", *mutant[:4]), flush=True)
+            elif os.WIFSIGNALED(status):
+                print("hangs: {}, line {}: {}  ->  {}".format(*mutant[:4]), flush=True)
+        for mutant in queue:
+            if len(running) == 2:
+                reap()
+            tests = sorted(reached[mutant[0]], key=seconds.get)
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                for module in (dirl, sys.modules[tests[0].module.__name__]):
+                    for function in list(vars(module).values()):
+                        getattr(function, "cache_clear", int)()
+                try:
+                    exec(mutant[4], vars(dirl))
+                    for item in tests:
+                        signal.alarm(10 + 5 * math.ceil(seconds[item]))
+                        if not passes(item):
+                            os._exit(1)
+                    os._exit(0)
+                except BaseException:
+                    os._exit(1)
+            running[pid] = mutant
+        while running:
+            reap()
+        caught = len(queue) - len(survivors) - len(equivalent)
+        print(f"{len(queue)} mutants, {len(equivalent)} of them equivalent; {caught} caught: {caught / (len(queue) - len(equivalent)):.1%}"
+              f"; {time.time() - begin:.0f} s")
+        return True
+
+
+def mutate(functions):
+    torch.set_num_threads(1)                                        # no thread pool: processes that are forked have none
+    return pytest.main([__file__, "-s", "-p", "no:cacheprovider", "-p", "no:terminal", "-W", "ignore"], plugins=[Mutate(functions)])
+
+
+# Mutants that no test can tell from the original, and why.
+SEES, ORDER = "sees({}, {}, q[:, None], kv)", "tiles.int().argsort({}).int"
+EQUIVALENT = [
+    *((("block_mask", SEES.format(0, 0), SEES.format(*indices)), "our mask_mod looks at neither batch nor head")
+      for indices in ((1, 0), (-1, 0), (0, 1), (0, -1))),
+    (("block_mask", ORDER.format("dim=1, descending=True, stable=True"), ORDER.format("descending=True, stable=True")),
+     "the last of two dimensions"),
+    (("block_mask", ORDER.format("dim=1, descending=True, stable=True"), ORDER.format("dim=1, descending=True")),
+     "in which order visible tiles are listed does not matter"),
+    (("block_mask", "stable=True", "stable=False"), "the same")]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
     parser.add_argument("--bench", action="store_true", help="the authors' layout and ours: tokens, seconds, memory")
@@ -2238,10 +2585,17 @@ if __name__ == "__main__":
     parser.add_argument("--rank-worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--soak", metavar="CHECKPOINT", help="kill and resume RL from this checkpoint on two ranks, over and over")
     parser.add_argument("--one-step", action="store_true", help="one-step log-probabilities against exact ones, RL with both")
+    parser.add_argument("--memory", action="store_true", help="gigabytes a GPU, by formula")
     parser.add_argument("--rollouts", action="store_true", help="LMDeploy: tokens/s with and without the hook, weight update")
+    parser.add_argument("--mutate", nargs="*", metavar="FUNCTION",
+                        help="change one thing in these functions above the cut, or in all, see whether a test fails; and so on")
     given = parser.parse_args()
     if given.bench:
         bench()
+    elif given.memory:
+        print(memory_table())
+    elif given.mutate is not None:
+        sys.exit(mutate(given.mutate))
     elif given.one_step:
         one_step()
     elif given.rank_worker:
