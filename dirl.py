@@ -1781,7 +1781,8 @@ def table_1(lines):
     for line in lines:
         by_problem.setdefault(line["problem"], []).append(line["reward"])
     means = torch.tensor([sum(r) / len(r) for r in by_problem.values()], dtype=torch.float64)
-    return {"accuracy": means.mean().item(), "standard_error": (means.std() / len(means)**0.5).item(),
+    error = means.std().item() / len(means)**0.5 if len(means) > 1 else math.nan
+    return {"accuracy": means.mean().item(), "standard_error": error,
             "tokens_per_step": total("tokens") / total("steps"),
             "tokens_per_forward": total("tokens") / total("forwards"),
             "output_length": total("length") / len(lines), "truncated": total("truncated") / len(lines)}

@@ -149,20 +149,22 @@ def curves(folders):
 
 
 def bench_lines(path):
-    """[(lengths, tokens a step, layout, forward tokens, seconds, gigabytes)] of what --bench printed."""
-    found = []
+    """What --bench printed: the scale of its lengths, [(lengths, tokens a step, layout, forward tokens, seconds, gigabytes)]."""
+    found, scale = [], 1
     with open(path, encoding="utf-8") as file:
         for row in file:
+            scale = int(re.search(r"paper / (\d+)", row)[1]) if "paper / " in row else scale
             m = re.match(r"(.{8}) +(\d+)  (the authors' layout|without fake samples|one forward \(ours\)) +([\d,]+) +([\d.]+) +[\d.]+ +([\d.]+)", row)
             if m:
                 tokens = int(m[4].replace(",", ""))
                 found.append((m[1].strip(), int(m[2]), m[3], tokens, float(m[5]), float(m[6])))
-    return found
+    return scale, found
 
 
 def cost(path):
     """Tokens, seconds and memory of one forward and backward over a trajectory, as the output grows."""
-    rows = [(int(name), *rest) for name, per_step, *rest in bench_lines(path) if name.isdigit() and per_step == 2]
+    scale, found = bench_lines(path)
+    rows = [(int(name) // scale, *rest) for name, per_step, *rest in found if name.isdigit() and per_step == 2]
     styles = {"the authors' layout": ("theirs", "authors' layout"), "without fake samples": ("third", "without fakes"),
               "one forward (ours)": ("ours", "one forward")}
     titles, parts = ("forward tokens", "seconds, forward and backward", "peak memory, GB"), []
