@@ -4,7 +4,7 @@
     torchrun dirl.py --stage rl                                               a tiny model: SFT, then DiPO
     torchrun dirl.py --stage sft --model MODEL --data chats.jsonl             SFT of an SDAR checkpoint
     torchrun dirl.py --stage rl --model runs/NAME/sft --data problems.jsonl   DiPO from there
-    torchrun dirl.py --stage eval --model runs/NAME/rl --data problems.jsonl  the columns of Table 1
+    torchrun dirl.py --stage eval --model runs/NAME/rl --data test.jsonl      the columns of Table 1
     python dirl.py --stage show --model runs/NAME/rl                          one answer, step by step
     python dirl.py --help                                                     the flags, the paper's values
 
@@ -371,9 +371,9 @@ class Config:
     held_out: int = flag(256, "problems kept for evaluation, of a file at most a tenth", least=0)
     eval_data: str = flag(None, "rl: problems for evaluation, in place of held-out ones of --data")
     eval_every: int = flag(None, "rl: evaluate every so many steps, besides before and after", least=1)
-    thresholds: list = flag(None, "evaluate static, and dynamic at each of these; else as in rl, or "
-                                  "in eval at --threshold", "0.9; Fig. 8: 0.5 to 0.99", least=0)
-    samples: int = flag(0, "evaluation, show: answers a problem, drawn as in rl; 0: the greedy one", least=0)
+    thresholds: list = flag(None, "evaluate static, and dynamic at each of these (rl: besides its own; eval: "
+                                  "else at --threshold)", "0.9; Fig. 8: 0.5 to 0.99", least=0)
+    samples: int = flag(0, "evaluation: answers a problem, drawn as in rl (show: one); 0: greedy", least=0)
     prompt: str = flag(None, "show: what to ask; else the first problem of --data")
     hsdp: int = flag(None, "ranks that share one copy of the model (a node's); default all", least=1)
     save_every: int = flag(None, "steps between saves of what --resume needs", "10 (authors' code)", least=1)
@@ -436,11 +436,15 @@ def configure(given, stage):
     if stage != "sft" and c.engine == "lmdeploy" and not lmdeploy_runs():
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
     if c.eval_data and not c.data:
-        fail("--eval-data without --data: one reward judges both, and stage eval reads --data")
+        fail("--eval-data without --data: one reward judges both")
+    if c.eval_data and given.stage not in (None, "rl"):
+        fail(f"--eval-data: it is for --stage rl; --stage {stage} reads --data")
     if stage == "eval" and not given.unmask:
-        c.thresholds = c.thresholds or [c.threshold]
-    if stage == "eval" and not c.data and not c.held_out:
-        fail("--held-out 0: nothing is left to evaluate; or name a file with --data")
+        c.unmask, c.thresholds = "static", c.thresholds or [c.threshold]
+    if stage in ("eval", "show") and c.prompt is None and not c.data and not c.held_out:
+        fail("--held-out 0: nothing is left of the built-in task; or name a file with --data")
+    if c.prompt is not None and c.prompt.encode("utf-8", "ignore").decode() != c.prompt:
+        fail("--prompt: not UTF-8 text")
     if stage in ("eval", "show") and c.model == "tiny":
         fail(f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl")
     if c.engine_memory > 0.95:
@@ -1433,7 +1437,7 @@ def saved_states(c):
 def resume(policy, optimizer, c):
     """The progress of a stage. With --resume its newest saved state is loaded; metrics after it are cut."""
     progress = {"step": 0, "position": 0, "rewards": [], "idle": 0, "bad": 0, "skipped": 0,
-                "evaluated": -1, "accuracy": []}
+                "evaluated": -1, "accuracy": [], "done": False}
     steps = saved_states(c) if c.resume else []
     if steps:
         import torch.distributed.checkpoint as dcp
@@ -1442,15 +1446,15 @@ def resume(policy, optimizer, c):
         model, moments = get_state_dict(policy.model, optimizer)
         dcp.load({"model": model, "optimizer": moments}, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
-        progress = read_json(os.path.join(folder, "progress.json"))
+        progress |= read_json(os.path.join(folder, "progress.json"))
         say(f"{c.stage}: resuming after step {progress['step']}")
     os.makedirs(state_folder(c), exist_ok=True)                        # from now on the stage is begun
     for name in os.listdir(state_folder(c)) if rank() == 0 else []:
         if not name.isdigit():                                         # of a save that was interrupted
             shutil.rmtree(os.path.join(state_folder(c), name))
+    last = {c.stage: progress["step"], f"{c.stage} eval": progress["evaluated"]}
     for name in ("metrics.jsonl", "eval.jsonl"):
-        keep_lines(os.path.join(c.out, name),
-                   lambda line: line["stage"].split()[0] != c.stage or line["step"] <= progress["step"])
+        keep_lines(os.path.join(c.out, name), lambda line: line["step"] <= last.get(line["stage"], math.inf))
     return progress
 
 
@@ -1501,12 +1505,14 @@ def memory(c, config, ranks, cuda):
     ends = vocab * d * (1 if config.get("tie_word_embeddings") else 2)
     weights, width = layers * layer + ends, 2 if cuda else 4                            # bytes a number
     sharded = cuda or ranks > 1
-    kept = weights * (16 if c.stage == "rl" and c.beta else 12) / (c.hsdp or ranks)     # moments, a reference
+    share, reference = 4 * weights / (c.hsdp or ranks), c.stage == "rl" and c.beta > 0
+    kept = (4 if reference else 3) * share + 4 * ends * (reference and sharded)         # with AdamW's moments
+    longest = c.max_length + {"sft": c.max_length, "rl": c.max_new_tokens * (1 + config["block_size"])}[c.stage]
+    row = max(c.max_tokens, longest) * layers * d * 4 + 3 * 512 * vocab * 4             # a chunk of logits
     gathered = 2 * (4 * ends + width * layer) * sharded                                 # with their gradients
-    step = c.max_tokens * layers * d * 4 + 3 * 512 * vocab * 4                          # a chunk of logits
-    training = kept + weights * 4 / (c.hsdp or ranks) + gathered + step
+    training = kept + share + max(gathered + row, share * cuda)                         # or AdamW's update
     sequence = (c.max_length + c.max_new_tokens) * layers * 2 * kv * width
-    rollout = kept + sequence * min(c.slots, c.prompts * c.group_size)
+    rollout = kept + sequence * c.slots
     rollout += (4 * ends + width * layers * layer) * sharded
     if c.engine == "lmdeploy":
         rollout = kept + 2 * weights + sequence
@@ -1570,9 +1576,10 @@ def train_sft(policy, c, example):
             write_metrics(c, line | {"seconds": time.perf_counter() - start})
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
-            if step == c.steps:
+            progress["done"] = step == c.steps
+            if progress["done"]:
                 save_policy(policy, os.path.join(c.out, "sft"))
-            if step % c.save_every == 0 or step == c.steps:
+            if step % c.save_every == 0 or progress["done"]:
                 save_state(policy, optimizer, c, progress)
 
 
@@ -1692,14 +1699,19 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
     if progress["step"]:
         engine.update_weights()                                        # it was built before they were resumed
     with saved_when_stopped(policy, optimizer, c, progress):
-        bar = tqdm(range(c.steps), "rl", initial=progress["step"], disable=rank() > 0)
-        for step in range(progress["step"], c.steps + 1):
+        begun = progress["step"]
+        bar = tqdm(range(c.steps), "rl", initial=begun, disable=rank() > 0)
+        for step in range(begun, c.steps + 1):
             due = step in (0, c.steps) or (c.eval_every and step % c.eval_every == 0)
             if held_out and due and progress["evaluated"] < step:
                 rows = evaluate(policy, engine, c, held_out, reward, step)
                 progress["accuracy"] = progress["accuracy"][:1] + [rows[0]["accuracy"]]     # first, last
                 progress["evaluated"] = step
-            if step == c.steps:
+            progress["done"] = step == c.steps
+            if step > begun and step % c.save_every == 0 or progress["done"]:
+                save_policy(policy, os.path.join(c.out, "rl"))
+                save_state(policy, optimizer, c, progress)
+            if progress["done"]:
                 break
             step, start = step + 1, time.perf_counter()
             line = rl_step(policy, reference, engine, optimizer, c, problem, reward, step, progress)
@@ -1713,9 +1725,6 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
             if progress["idle"] == 20:
                 say("20 steps in a row without a group of unequal rewards, so nothing to learn from: try "
                     "easier or harder problems, a larger --group-size, or more SFT")
-            if step % c.save_every == 0 or step == c.steps:
-                save_policy(policy, os.path.join(c.out, "rl"))
-                save_state(policy, optimizer, c, progress)
     return progress
 
 
@@ -1725,19 +1734,17 @@ def train_rl(policy, reference, engine, c, problem, reward, held_out):
 def evaluate(policy, engine, c, problems, reward, step=None):
     """Table 1 on (prompt ids, truth, question): its rows, printed, and every answer in OUT/eval.jsonl.
 
-    One row for static and one for dynamic decoding at each of --thresholds; without them one for the run's
-    own. step: of RL, whose rows also go to OUT/metrics.jsonl."""
+    One row for the run's own decoding and, with --thresholds, for static and for dynamic at each of them.
+    step: of RL, whose rows also go to OUT/metrics.jsonl."""
     what = {"stage": "eval" if step is None else "rl eval", "step": step}
     own, rows = (c.unmask, c.threshold), []
     answers = f"{c.samples} sampled answers" if c.samples else "one greedy answer"
     say(f"{c.model if step is None else f'rl, step {step}'}: {len(problems)} problems, {answers} each\n"
         "decoding         accuracy    s.e.  tokens/step  tokens/forward  length  truncated")
-    for name in ("metrics.jsonl", "eval.jsonl"):                       # of an evaluation that was interrupted
-        keep_lines(os.path.join(c.out, name), lambda line: {x: line.get(x) for x in what} != what)
-    swept = [("static", c.threshold), *(("dynamic", x) for x in c.thresholds or ())]
-    for rule, threshold in swept if c.thresholds else [own]:
+    swept = [("static", c.threshold), *(("dynamic", x) for x in c.thresholds)] if c.thresholds else []
+    for rule, threshold in dict.fromkeys([own, *swept]):
         c.unmask, c.threshold = rule, threshold                        # both engines look there at every step
-        name = f"{rule} {threshold if rule == 'dynamic' else c.tokens_per_step:g}"
+        name = f"{rule} {threshold if rule == 'dynamic' else c.tokens_per_step}"
         lines = [what | {"decoding": name} | x for x in answer(policy, engine, c, problems, reward)]
         rows.append({"decoding": name} | table_1(lines))
         say("{:14} {:10.3f} {:7.3f} {:12.2f} {:15.2f} {:7.1f} {:10.3f}".format(*rows[-1].values()))
@@ -1792,7 +1799,9 @@ def show(policy, engine, c, problem):
     """One answer as it is decoded: a line a decoding step, with the probabilities of what it commits, the
     sampler's and the trainer's, who has them all from one forward."""
     prompt, _, question = problem
-    t, = engine.generate([prompt], [(c.seed, "show", 0, 0, 0)], greedy=c.samples == 0)
+    with suppress(Stopped):                                            # `gather` tells the other ranks
+        t, = engine.generate([prompt], [(c.seed, "show", 0, 0, 0)], greedy=c.samples == 0)
+    gather([])
     document = trajectory_document(t.prompt, t.output, t.steps, policy.B, policy.mask_id)
     (row, *_), _ = make_rows(policy, [len(document["ids"])], lambda i: document, c)
     with torch.no_grad():
@@ -1877,7 +1886,8 @@ def run_stage(c, folder, records, reward, eval_records=None):
     reference = load_policy(folder, c, config) if c.stage == "rl" and c.beta else None
     with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
         if c.stage == "show" and c.prompt is not None:
-            show(policy, engine, c, (policy.prompt([{"role": "user", "content": c.prompt}]), "", c.prompt))
+            prompt = policy.prompt([{"role": "user", "content": c.prompt}])
+            show(policy, engine, c, *usable(policy, c, "--prompt", [(prompt, "", c.prompt)], "prompts"))
         elif c.stage == "show":
             show(policy, engine, c, eval_problems(policy, c, c.data, records)[0])
         elif c.stage == "eval":
@@ -1885,6 +1895,8 @@ def run_stage(c, folder, records, reward, eval_records=None):
             say(f"every answer: {os.path.join(c.out, 'eval.jsonl')}")
         else:
             problem, held_out = rl_problems(policy, c, records, eval_records)
+            if not held_out:
+                say("rl: no problems are held out, so that nothing is evaluated; see --held-out, --eval-data")
             progress = train_rl(policy, reference, engine, c, problem, reward, held_out)
             accuracy = " -> ".join(f"{x:.3f}" for x in progress["accuracy"])
             accuracy = f"{'sampled' if c.samples else 'greedy'} accuracy {accuracy}, " if accuracy else ""
@@ -1910,8 +1922,11 @@ def finished(c):
     if c.stage == "eval" and os.path.exists(os.path.join(c.out, "eval.jsonl")):
         fail(f"{os.path.join(c.out, 'eval.jsonl')} exists: name a new folder with --out")
     states, target = saved_states(c), os.path.join(c.out, c.stage)
-    begun = os.path.isdir(state_folder(c))
-    done = os.path.isdir(target) and (not begun or states[-1:] >= [c.steps])
+    begun = c.stage in ("sft", "rl") and os.path.isdir(state_folder(c))
+    done = c.stage in ("sft", "rl") and os.path.isdir(target)
+    if begun and done:
+        last = os.path.join(state_folder(c), str(max(states, default=0)), "progress.json")
+        done = max(states, default=0) >= c.steps and read_json(last).get("done", True)
     if begun and not done and not c.resume:
         fail(f"{state_folder(c)} holds the stage up to step {max(states, default=0)} of {c.steps}: --resume "
              "continues it, another --out starts anew")

@@ -1458,7 +1458,9 @@ def bad_inputs(tmp_path):
         (["--reward", "json:nothing"], "--reward"), (["--reward", "no.module:f"], "--reward"), (["--stage", "eval"], "--model"),
         (["--stage", "show"], "--model"), (["--thresholds", "0.5,0.9"], "--thresholds"), (["--thresholds", "-1"], "--thresholds"),
         (["--samples", "-1"], "--samples"), (["--eval-every", "0"], "--eval-every"), (["--eval-data", "x.jsonl"], "--data"),
-        (["--stage", "eval", "--model", "nowhere", "--held-out", "0"], "--held-out")]
+        (["--stage", "eval", "--model", "nowhere", "--held-out", "0"], "--held-out"), (["--stage", "show", "--held-out", "0",
+        "--model", "x"], "--held-out"), (["--stage", "eval", "--model", "x", "--data", "y", "--eval-data", "z"], "--eval-data"),
+        (["--stage", "show", "--model", "x", "--prompt", "\udcff"], "--prompt")]
     file_cases = [
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
         (["--data", write("broken.jsonl", good + "{")], "broken.jsonl"), (["--data", write("list.jsonl", "[1]")], "line 1"),
@@ -1663,7 +1665,7 @@ def test_both_engines_evaluate_alike(policies, lmdeploy_engine, tmp_path):
         os.makedirs(c.out)
         rows = dirl.evaluate(policy, build(policy, c), c, problems, lambda answer, truth: len(answer) % 2)
         answers.append(open(os.path.join(c.out, "eval.jsonl")).read())
-        assert len({row["tokens_per_step"] for row in rows}) == 3 and (c.unmask, c.threshold) == ("dynamic", 0.9)
+        assert len({row["tokens_per_step"] for row in rows}) == 4 and (c.unmask, c.threshold) == ("dynamic", 0.9)
     assert answers[0] == answers[1]
 
 
@@ -1676,13 +1678,41 @@ def test_rl_evaluates_on_its_way(trained, tmp_path, monkeypatch, capsys):
             "--thresholds", "0.5", "--save-every", "2"]
     dirl.main([*argv, "--out", "run"])
     lines, rows = [json.loads(line) for line in open("run/eval.jsonl")], metrics("run", "rl eval")
-    assert [(row["step"], row["decoding"]) for row in rows] == [(s, d) for s in (0, 2, 3) for d in ("static 1", "dynamic 0.5")]
+    assert [(row["step"], row["decoding"]) for row in rows] == [(s, d) for s in (0, 2, 3) for d in ("dynamic 0.9", "static 1", "dynamic 0.5")]
     assert [(x["step"], x["problem"], x["sample"]) for x in lines[:8]] == [(0, i, g) for i in range(4) for g in range(2)]
-    assert len(lines) == 3 * 2 * 4 * 2 and {x["question"] for x in lines} == {"!" * n for n in range(1, 5)}
+    assert len(lines) == 3 * 3 * 4 * 2 and {x["question"] for x in lines} == {"!" * n for n in range(1, 5)}
     for row in rows:
         mine = [x for x in lines if (x["step"], x["decoding"]) == (row["step"], row["decoding"])]
         assert list(row.values())[3:] == pytest.approx(independent_rows(mine)[row["decoding"]], rel=1e-5)
     assert "sampled accuracy 0.000 -> 0.000" in capsys.readouterr().out and len(metrics("run", "rl")) == 3
+
+
+@pytest.mark.parametrize("error", [dirl.Stopped, MemoryError])
+@pytest.mark.parametrize("call", [4, 6])
+def test_an_evaluation_that_was_interrupted_is_done_again(trained, tmp_path, monkeypatch, error, call):
+    """By SIGTERM or by an error, on the way or at the end, in the second of two decodings."""
+    argv = [*SHORT_RL, "--steps", "4", "--thresholds", "0.9", "--model", os.path.join(trained, "sft")]        # 0, 2, 4; two rows each
+    answer, calls = dirl.answer, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call and "--resume" not in argv:
+            raise error
+        return answer(*args)
+    dirl.main([*argv, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(dirl, "answer", interrupted)
+    with pytest.raises(SystemExit if error is dirl.Stopped else error):
+        dirl.main([*argv, "--out", str(tmp_path / "cut")])
+    assert len(calls) == call
+    argv += ["--resume"]
+    dirl.main([*argv, "--out", str(tmp_path / "cut")])
+    a, b = tmp_path / "whole", tmp_path / "cut"
+    for stage in ("rl", "rl eval"):
+        assert lines_without_seconds(a, stage) == lines_without_seconds(b, stage) and lines_without_seconds(a, stage)
+    assert (a / "eval.jsonl").read_text() == (b / "eval.jsonl").read_text() and sorted(os.listdir(a)) == sorted(os.listdir(b))
+    before = (b / "eval.jsonl").read_text()
+    dirl.main([*argv, "--out", str(b)])                             # now it is finished
+    assert (b / "eval.jsonl").read_text() == before
 
 
 def test_show_is_the_trajectory(trained, capsys):
@@ -1701,6 +1731,10 @@ def test_show_is_the_trajectory(trained, capsys):
         assert [float(x) for x in probabilities] == pytest.approx(scores, abs=6e-4)
         left = (seen[k * 4:] == policy.mask_id).sum() - len(committed)
         assert line.count("·") == left
+    for prompt in ("<|MASK|>", "1" * 500):                          # one that a model cannot be asked
+        with pytest.raises(SystemExit):
+            dirl.main(["--stage", "show", "--model", folder, "--prompt", prompt])
+        assert capsys.readouterr().err.startswith("dirl.py: error: --prompt: none of its prompts")
     dirl.main(["--stage", "show", "--model", folder])
     question = dirl.arithmetic(("held out", 0), held_out=True)[0]
     assert capsys.readouterr().out.splitlines()[0] == question
@@ -2415,7 +2449,7 @@ def memory_table():
     lines = ["| model | GPUs | loading | training | rollout |", "|---|---|---|---|---|"]
     for (name, (d, inter, layers, heads)), ranks in itertools.product(SIZES.items(), (1, 8)):
         config = dict(hidden_size=d, intermediate_size=inter, num_hidden_layers=layers, num_attention_heads=heads, head_dim=128,
-                      num_key_value_heads=8, vocab_size=151936)
+                      num_key_value_heads=8, vocab_size=151936, block_size=4)
         c = replace(flags("--model", name, "--recipe", "paper"), engine="lmdeploy")
         cells = (f"{x / 1e9:.0f} GB" for x in dirl.memory(c, config, ranks, cuda=True)[1].values())
         lines.append(f"| {name} | {ranks} | {' | '.join(cells)} |")
