@@ -1841,15 +1841,18 @@ def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
     shutil.copytree(policies(4).folder, "JetLM/SDAR-8B-Chat")
     shutil.copytree(trained, "runs/tiny-0")
     short = {"sft": "--batch 2", "rl": "--prompts 1 --group-size 2 --max-new-tokens 4 --max-attempts 1", "eval": "--max-new-tokens 4", "show": ""}
+    measurements = subprocess.run([sys.executable, os.path.join(HERE, "test_dirl.py"), "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(name in measurements for name in re.findall(r"`python\s+test_dirl\.py\s+(--[\w-]+)", README))
+    named = set(re.findall(r"`(--[a-z-]+)", README.split("## Next to other code")[0]))          # flags, wherever they are named
+    assert named - {"--nnodes", *re.findall("--[a-z-]+", measurements)} <= {"--" + f.name.replace("_", "-") for f in fields(dirl.Config)}
     ran = []
     for command in readme_commands():
         for part in command.split(" && "):
             words = part.split()
             if words[:2] == ["pip", "install"]:
                 assert set(words[2:]) <= {"-r", "requirements.txt", "pytest"} and os.path.exists(os.path.join(HERE, "requirements.txt"))
-            elif "dirl.py" not in words and "test_dirl.py" in words and "pytest" not in words:
-                given = subprocess.run([sys.executable, os.path.join(HERE, "test_dirl.py"), "--help"], capture_output=True, text=True, check=True)
-                assert words[2] in given.stdout
+            elif words[1] == "test_dirl.py":
+                assert words[2] in measurements
             elif "pytest" in words or ".github/pictures.py" in words:
                 assert words[1:3] == ["-m", "pytest"] or os.path.exists(os.path.join(HERE, words[1]))
             elif words[-1] == "--help":
