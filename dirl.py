@@ -80,7 +80,7 @@ def block_mask(sees, N, device, tile=128):
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def ordered(tiles):                                          # how many per strip, and their indices first
+    def ordered(tiles):                    # FlexAttention wants how many a strip has, and their indices first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
     tiles = [x[None, None] for x in (*ordered(partial), *ordered(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
@@ -255,7 +255,7 @@ def eq8(logp, logp_old, A, w, eps, eps_high, view):
     log_ratio = logp - (logp.detach() if logp_old is None else logp_old)
     T = int(view.max()) + 1 if len(view) else 0                                    # decoding steps in the row
     ratio = logp.new_zeros(T).index_add(0, view, log_ratio).exp()                 # [T] of joint probabilities
-    A, w = (x.new_zeros(T).index_copy(0, view, x) for x in (A, w))                # [T] one value a trajectory
+    A, w = (x.new_zeros(T).index_copy(0, view, x) for x in (A, w))            # [T] the same all over a view
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
@@ -268,6 +268,7 @@ def draw(log_pi, u):
 
     log_pi: [..., vocab]; u: [...] float64 in [0, 1)."""
     cdf = log_pi.double().exp().cumsum(-1)
+    # right: past tokens of π = 0; 1 - 1e-12: never past the last one
     return torch.searchsorted(cdf, u[..., None] * (1 - 1e-12) * cdf[..., -1:], right=True)[..., 0]
 
 
@@ -1507,8 +1508,8 @@ def memory(c, config, ranks, cuda):
     sharded = cuda or ranks > 1
     share, reference = 4 * weights / (c.hsdp or ranks), c.stage == "rl" and c.beta > 0
     kept = (4 if reference else 3) * share + 4 * ends * (reference and sharded)         # with AdamW's moments
-    longest = c.max_length + {"sft": c.max_length, "rl": c.max_new_tokens * (1 + config["block_size"])}[c.stage]
-    row = max(c.max_tokens, longest) * layers * d * 4 + 3 * 512 * vocab * 4             # a chunk of logits
+    views = c.max_new_tokens * (1 + config["block_size"]) if c.stage == "rl" else c.max_length
+    row = max(c.max_tokens, c.max_length + views) * layers * d * 4 + 3 * 512 * vocab * 4    # a chunk of logits
     gathered = 2 * (4 * ends + width * layer) * sharded                                 # with their gradients
     training = kept + share + max(gathered + row, share * cuda)                         # or AdamW's update
     sequence = (c.max_length + c.max_new_tokens) * layers * 2 * kv * width
