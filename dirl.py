@@ -1454,8 +1454,9 @@ def resume(policy, optimizer, c):
         if not name.isdigit():                                         # of a save that was interrupted
             shutil.rmtree(os.path.join(state_folder(c), name))
     last = {c.stage: progress["step"], f"{c.stage} eval": progress["evaluated"]}
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        keep_lines(os.path.join(c.out, name), lambda line: line["step"] <= last.get(line["stage"], math.inf))
+    for name in ("metrics.jsonl", "eval.jsonl"):                       # which may hold lines of other stages, too
+        keep_lines(os.path.join(c.out, name),
+                   lambda line: line["stage"] not in last or line["step"] <= last[line["stage"]])
     return progress
 
 
@@ -1509,7 +1510,7 @@ def memory(c, config, ranks, cuda):
     share, reference = 4 * weights / (c.hsdp or ranks), c.stage == "rl" and c.beta > 0
     kept = (4 if reference else 3) * share + 4 * ends * (reference and sharded)         # with AdamW's moments
     views = c.max_new_tokens * (1 + config["block_size"]) if c.stage == "rl" else c.max_length
-    row = max(c.max_tokens, c.max_length + views) * layers * d * 4 + 3 * 512 * vocab * 4    # a chunk of logits
+    row = max(c.max_tokens, c.max_length + views) * layers * d * 4 + 3 * 512 * vocab * 4   # a chunk of logits
     gathered = 2 * (4 * ends + width * layer) * sharded                                 # with their gradients
     training = kept + share + max(gathered + row, share * cuda)                         # or AdamW's update
     sequence = (c.max_length + c.max_new_tokens) * layers * 2 * kv * width

@@ -1676,7 +1676,12 @@ def test_rl_evaluates_on_its_way(trained, tmp_path, monkeypatch, capsys):
     argv = ["--model", os.path.join(trained, "sft"), "--data", "train.jsonl", "--eval-data", "test.jsonl", "--eval-every", "2",
             "--steps", "3", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8", "--max-attempts", "1", "--samples", "2",
             "--thresholds", "0.5", "--save-every", "2"]
+    dirl.main(["--stage", "eval", "--model", os.path.join(trained, "sft"), "--out", "run", "--held-out", "2", "--unmask", "sequential"])
+    before = open("run/eval.jsonl").readlines()
+    assert {json.loads(line)["decoding"] for line in before} == {"sequential 1"} and len(before) == 2
     dirl.main([*argv, "--out", "run"])
+    assert open("run/eval.jsonl").readlines()[:2] == before
+    Path("run/eval.jsonl").write_text("".join(open("run/eval.jsonl").readlines()[2:]))
     lines, rows = [json.loads(line) for line in open("run/eval.jsonl")], metrics("run", "rl eval")
     assert [(row["step"], row["decoding"]) for row in rows] == [(s, d) for s in (0, 2, 3) for d in ("dynamic 0.9", "static 1", "dynamic 0.5")]
     assert [(x["step"], x["problem"], x["sample"]) for x in lines[:8]] == [(0, i, g) for i in range(4) for g in range(2)]
