@@ -1183,8 +1183,18 @@ def test_rl_with_lmdeploy(trained, lmdeploy_engine, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(dirl.LMDeployEngine, "__init__", small)
     monkeypatch.setattr(dirl.LMDeployEngine, "close", lambda self: None)
     out = str(tmp_path / "run")
-    dirl.main(["--model", os.path.join(trained, "sft"), "--out", out, "--engine", "lmdeploy", "--steps", "4", "--prompts", "4",
-               "--group-size", "4", "--warmup", "0", "--lr", "1e-3", "--held-out", "8"])
+    argv = ["--model", os.path.join(trained, "sft"), "--engine", "lmdeploy", "--prompts", "4", "--group-size", "4", "--warmup", "0",
+            "--lr", "1e-3", "--held-out", "8"]
+    dirl.main([*argv, "--out", out + " in two parts", "--steps", "2"])
+    dirl.main([*argv, "--out", out + " in two parts", "--steps", "4", "--resume"])        # a new engine takes the resumed weights
+    for engine in engines:
+        close(engine)
+    engines.clear()
+    dirl.main([*argv, "--out", out, "--steps", "4"])
+    whole, parts = (metrics(x, "rl") for x in (out, out + " in two parts"))
+    assert [line["step"] for line in parts] == [1, 2, 3, 4]
+    assert all(a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in zip(whole, parts))
+    assert all(line["logp_gap"] is None or line["logp_gap"] < 1e-3 for line in parts)
     lines, c = metrics(out, "rl"), flags("--max-new-tokens", 48)
     assert len(lines) == 4 and all(line["logp_gap"] is None or line["logp_gap"] < 1e-3 for line in lines)
     assert any(line["logp_gap"] is not None for line in lines) and all("seconds_weights" in line for line in lines)
