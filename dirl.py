@@ -268,8 +268,8 @@ def draw(log_pi, u):
 
     log_pi: [..., vocab]; u: [...] float64 in [0, 1)."""
     cdf = log_pi.double().exp().cumsum(-1)
-    # right: past tokens of π = 0; 1 - 1e-12: never past the last one
-    return torch.searchsorted(cdf, u[..., None] * (1 - 1e-12) * cdf[..., -1:], right=True)[..., 0]
+    # right: past tokens of π = 0; u ≤ 1 - 2^-53 keeps it below the last value, which rounding leaves near 1
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)[..., 0]
 
 
 def unmask(log_pi, token, masked, rule, tokens_per_step, threshold, confidence):
@@ -1454,7 +1454,7 @@ def resume(policy, optimizer, c):
         if not name.isdigit():                                         # of a save that was interrupted
             shutil.rmtree(os.path.join(state_folder(c), name))
     last = {c.stage: progress["step"], f"{c.stage} eval": progress["evaluated"]}
-    for name in ("metrics.jsonl", "eval.jsonl"):                       # which may hold lines of other stages, too
+    for name in ("metrics.jsonl", "eval.jsonl"):                   # which may hold lines of other stages, too
         keep_lines(os.path.join(c.out, name),
                    lambda line: line["stage"] not in last or line["step"] <= last[line["stage"]])
     return progress

@@ -406,6 +406,8 @@ def test_noise_and_views_of_an_sft_example():
     d = dirl.noised_document(tokens, P, torch.tensor([0.0, 0.5]), z, B, 99)
     assert d["ids"].tolist() == [*range(12), 8, 99, 10, 11] and d["target"].tolist() == [9]
     assert d["pos"].tolist()[12:] == [8, 9, 10, 11]                # a block without a masked token has no view
+    t = 1e-3 + (1 - 1e-3) * torch.tensor([0.5, 0.5])
+    assert len(dirl.noised_document(tokens, P, torch.tensor([0.5, 0.5]), t[:, None].expand(2, 4), B, 99)["target"]) == 0   # z < t, not =
 
 
 def test_example_ends_with_the_end_token_and_fills_its_block(policies):
@@ -491,6 +493,12 @@ def test_draw_inverts_the_distribution():
     assert dirl.draw(log_pi, torch.tensor(0.0, dtype=torch.float64)) == 0
     assert dirl.draw(torch.tensor([0.0, 1.0]).log(), torch.tensor(0.0, dtype=torch.float64)) == 1
     assert dirl.draw(log_pi, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 3
+    assert dirl.draw(torch.tensor([0.2, 0.3, 0.5]).log().expand(1000, 3), u).bincount().tolist() == [200, 300, 500]
+    assert dirl.draw(torch.tensor([0.5, 0.4]).log(), torch.tensor(0.95, dtype=torch.float64)) == 1      # π that does not sum to 1
+    assert dirl.draw(torch.tensor([-1e-9, -20.7]), torch.tensor(1 - 5e-10, dtype=torch.float64)) == 1   # nor is 1 - 1e-9 rounded to 1
+    for more in range(-100, 100):                                   # nor does rounding ever lead past the last token
+        log_pi = torch.tensor([0.5, 0.5 + more * 2**-51], dtype=torch.float64).log()
+        assert dirl.draw(log_pi, torch.tensor(1 - 2**-53, dtype=torch.float64)) == 1
 
 
 def test_uniform_depends_on_seed_position_and_tokens_left_and_on_nothing_else():
@@ -600,6 +608,8 @@ def test_on_policy_all_objectives_have_the_gradient_of_reinforce():
                           dirl.eq7(logp, logp.detach(), A, w, 0.2, 0.2), dirl.eq8(logp, None, A, w, 0.2, 0.2, view),
                           dirl.eq8(logp, logp.detach(), A, w, 0.2, 0.2, view)):
         assert torch.allclose(torch.autograd.grad(fast, logp)[0], reinforce) and not clipped.any()
+    J, clipped = dirl.eq8(*[torch.zeros(0)] * 4, 0.2, 0.2, torch.zeros(0, dtype=torch.long))          # a row without a place to read
+    assert J == 0 and len(clipped) == 0
 
 
 @pytest.mark.parametrize("name", ["eq6", "eq7", "eq8"])
@@ -2574,12 +2584,17 @@ class Mutate:
             pid, status = os.wait()
             mutant = running.pop(pid)
             if status == 0:
+                if mutant[4] == "":
+                    return
                 same = (mutant[0], *mutant[2:4]) in known
                 (equivalent if same else survivors).append(mutant)
                 print("{}: {}, line {}: {}  ->  {}".format("equivalent" if same else "SURVIVED", *mutant[:4]), flush=True)
+            elif mutant[4] == "":
+                raise RuntimeError(f"the tests of {mutant[0]} fail in a forked process without a mutation")
             elif os.WIFSIGNALED(status):
                 print("hangs: {}, line {}: {}  ->  {}".format(*mutant[:4]), flush=True)
-        for mutant in queue:
+        nothing = [(name, 0, "", "", "") for name in originals]    # first, a mutant of every function that is none: all must pass
+        for mutant in nothing + queue:
             if len(running) == 2:
                 reap()
             tests = sorted(reached[mutant[0]], key=seconds.get)
@@ -2612,16 +2627,43 @@ def mutate(functions):
     return pytest.main([__file__, "-s", "-p", "no:cacheprovider", "-p", "no:terminal", "-W", "ignore"], plugins=[Mutate(functions)])
 
 
-# Mutants that no test can tell from the original, and why.
-SEES, ORDER = "sees({}, {}, q[:, None], kv)", "tiles.int().argsort({}).int"
+# Mutants that no test can tell from the original, and why: (function, old code, new code).
+SEES, ORDER, ONE = "sees({}, {}, q[:, None], {})", "tiles.int().argsort({}).int", "the last of two dimensions, or the only one"
+CHECKPOINT = ("[torch.utils.checkpoint.checkpoint(one, h, y, use_reentrant=False{}) for h, y in "
+              "zip(hidden.split(chunk), target.split(chunk))]")
 EQUIVALENT = [
-    *((("block_mask", SEES.format(0, 0), SEES.format(*indices)), "our mask_mod looks at neither batch nor head")
-      for indices in ((1, 0), (-1, 0), (0, 1), (0, -1))),
-    (("block_mask", ORDER.format("dim=1, descending=True, stable=True"), ORDER.format("descending=True, stable=True")),
-     "the last of two dimensions"),
+    *(((name, SEES.format(0, 0, kv), SEES.format(*indices, kv)), "our mask_mod looks at neither batch nor head")
+      for indices in ((1, 0), (-1, 0), (0, 1), (0, -1)) for name, kv in (("block_mask", "kv"), ("strips", "i"))),
+    *(((name, str(size), str(size + more)), "how the work is cut does not matter")
+      for name, size in (("strips", 128), ("log_probs", 512)) for more in (1, -1)),
+    *(((name, old, new), "no other device here") for name, old, new in (
+        ("strips", "torch.arange(N, device=device)", "torch.arange(N)"),
+        ("log_policy", "torch.tensor([mask_id], device=logits.device)", "torch.tensor([mask_id])"))),
+    *(((name, "(:, 0)", "(:, -1)"), ONE) for name in ("strips", "log_probs", "noised_document")),
+    (("draw", "(..., 0)", "(..., -1)"), ONE),
+    (("trajectory_document", "count.cumsum(0)", "count.cumsum(-1)"), ONE),
+    (("eq8", "x.new_zeros(T).index_copy(0, view, x)", "x.new_zeros(T).index_copy(-1, view, x)"), ONE),
+    (("eq8", "logp.new_zeros(T).index_add(0, view, log_ratio)", "logp.new_zeros(T).index_add(-1, view, log_ratio)"), ONE),
+    (("block_mask", ORDER.format("dim=1, descending=True, stable=True"), ORDER.format("descending=True, stable=True")), ONE),
     (("block_mask", ORDER.format("dim=1, descending=True, stable=True"), ORDER.format("dim=1, descending=True")),
      "in which order visible tiles are listed does not matter"),
-    (("block_mask", "stable=True", "stable=False"), "the same")]
+    (("block_mask", "stable=True", "stable=False"), "the same"),
+    *((("unmask", "score.argsort(dim=-1, descending=True, stable=True)" + old, "score.argsort(" + new), why) for old, new, why in (
+        (".argsort(dim=-1)", "dim=-1, descending=True, stable=True).argsort()", ONE),
+        (".argsort", "descending=True, stable=True).argsort", ONE),
+        (".argsort", "dim=-1, descending=True).argsort", "a sort of a few keeps ties in order, on CPU"))),
+    *((("unmask", old, new), ONE) for old, new in (("dim=-1", "dim=1"), ("(..., 0)", "(..., -1)"))),
+    (("unmask", "stable=True", "stable=False"), "a sort of a few keeps ties in order, on CPU"),
+    (("join", "pad - 1", "pad - 2"), "a number that no document has"),
+    (("log_policy", "logits.to(torch.promote_types(logits.dtype, torch.float32))",
+      "logits.to(torch.promote_types(torch.float32, logits.dtype))"), "symmetric"),
+    (("C_eps", "torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps_high) * A)",
+      "torch.minimum(ratio.clamp(1 - eps, 1 + eps_high) * A, ratio * A)"), "symmetric"),
+    (("log_probs", CHECKPOINT.format(", preserve_rng_state=False"), CHECKPOINT.format("")), "nothing random is done there"),
+    (("log_probs", "preserve_rng_state=False", "preserve_rng_state=True"), "the same"),
+    (("advantage", "A.square().mean(1, keepdim=True).sqrt().clamp_min(1e-08)", "A.square().mean(1, keepdim=True).sqrt().clamp_min(2e-08)"),
+     "0 is divided by it, or rewards differ by less than 1e-7"),
+    (("eq8", "x.new_zeros(T).index_copy", "x.new_ones(T).index_copy"), "every view has a token, so that all is overwritten")]
 
 
 if __name__ == "__main__":
