@@ -3,9 +3,9 @@
 
     python .github/pictures.py                                       mask.svg, from dirl.mask_mod and dirl.layout
     python .github/pictures.py --runs runs/tiny-0 runs/tiny-1 ...    curves.svg: reward and accuracy of default runs
-    python test_dirl.py --bench > bench.txt; ... --bench bench.txt   cost.svg: the authors' layout and ours
-    python -m pytest test_dirl.py -k unbiased -s > bias.txt; ... --bias bias.txt        bias.svg
-    python test_dirl.py --one-step > one-step.txt; ... --one-step one-step.txt          one-step.svg
+    python .github/measure.py --bench > bench.txt                    for --bench bench.txt: cost.svg, the authors' layout and ours
+    python -m pytest test_dirl.py -k unbiased -s > bias.txt          for --bias bias.txt: bias.svg
+    python .github/measure.py --one-step > one-step.txt              for --one-step one-step.txt: one-step.svg
 
 A viewer's dark colour scheme is respected: the colours are classes, defined twice."""
 import argparse
@@ -114,7 +114,8 @@ def mask():
     cell = 20
     parts = matrix(40, 72, cell, fig, 2, [*"xxxxxx", *[dot] * 6], "SFT (Fig. 4b): a clean copy, every block noised once")
     right = 40 + 12 * cell + 130
-    parts += matrix(right, 72, cell, document, 2, [shown[i] for i in document["ids"].tolist()], "RL: a trajectory, every decoding step a view")
+    parts += matrix(right, 72, cell, document, 2, [shown[i] for i in document["ids"].tolist()],
+                    "RL: a trajectory, every decoding step a view")
     for left, spans in ((40, (("clean copy", 0, 6), ("noised", 6, 12))),
                         (right, (("clean copy", 0, 6), ("view 1", 6, 8), ("view 2", 8, 10), ("view 3", 10, 12)))):
         parts += [text(left + cell * (a + b) / 2, 54, name, "third", "middle", 11) for name, a, b in spans]
@@ -123,8 +124,9 @@ def mask():
         y = 72 + r * cell + cell * 0.72
         parts.append(text(right + 12 * cell + 8, y, f"log π({shown[2 + i]})", "ink", size=11))
     bottom = 72 + 12 * cell + 26
-    parts += [box(40, bottom - 10, 12, 12, "own"), text(58, bottom, "sees: its own copy of its block"), box(260, bottom - 10, 12, 12, "clean"),
-              text(278, bottom, "sees: an earlier clean block"), text(470, bottom, "· is [MASK]; rows look at columns")]
+    parts += [box(40, bottom - 10, 12, 12, "own"), text(58, bottom, "sees: its own copy of its block"),
+              box(260, bottom - 10, 12, 12, "clean"), text(278, bottom, "sees: an earlier clean block"),
+              text(470, bottom, "· is [MASK]; rows look at columns")]
     svg("mask.svg", right + 12 * cell + 70, bottom + 14, parts)
 
 
@@ -132,10 +134,10 @@ def curves(folders):
     """The sampled reward of every step, and the accuracy on held-out problems, of default runs of several seeds."""
     runs = []
     for folder in folders:
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "rl.metrics.jsonl"), encoding="utf-8") as file:
             runs.append([json.loads(x) for x in file])
-    rewards = [[(x["step"], x["reward"]) for x in run if x["stage"] == "rl"] for run in runs]
-    accuracy = [[(x["step"], x["accuracy"]) for x in run if x["stage"] == "rl eval"] for run in runs]
+    rewards = [[(x["step"], x["reward"]) for x in run if "reward" in x] for run in runs]
+    accuracy = [[(x["step"], x["accuracy"]) for x in run if "accuracy" in x] for run in runs]
     steps = ticks(max(x for points in rewards for x, _ in points))
     left = Axes(50, 40, 300, 180, steps, [0, 0.25, 0.5, 0.75, 1.0], "mean reward of the sampled answers", "RL step")
     right = Axes(420, 40, 300, 180, steps, [0, 0.25, 0.5, 0.75, 1.0], "greedy accuracy, held-out problems", "RL step")
@@ -154,7 +156,8 @@ def bench_lines(path):
     with open(path, encoding="utf-8") as file:
         for row in file:
             scale = int(re.search(r"paper / (\d+)", row)[1]) if "paper / " in row else scale
-            m = re.match(r"(.{8}) +(\d+)  (the authors' layout|without fake samples|one forward \(ours\)) +([\d,]+) +([\d.]+) +[\d.]+ +([\d.]+)", row)
+            m = re.match(r"(.{8}) +(\d+)  (the authors' layout|without fake samples|one forward \(ours\)) +"
+                         r"([\d,]+) +([\d.]+) +[\d.]+ +([\d.]+)", row)
             if m:
                 tokens = int(m[4].replace(",", ""))
                 found.append((m[1].strip(), int(m[2]), m[3], tokens, float(m[5]), float(m[6])))
@@ -193,8 +196,10 @@ def bars(name, title, rows, most, unit, left=250):
 def bias(path):
     """Relative error of DiPO's expected gradient, all trajectories of a toy enumerated."""
     with open(path, encoding="utf-8") as file:
-        found = re.findall(r"(sequential|static|dynamic), (top1|drawn): relative error of the expected gradient ([\d.e+-]+)", file.read())
-    rows = [(f"{rule}, confidence: {kind}", float(x), "ours" if kind == "top1" else "theirs", f"{float(x):.2g}") for rule, kind, x in found]
+        found = re.findall(r"(sequential|static|dynamic), (top1|drawn): relative error of the expected gradient ([\d.e+-]+)",
+                           file.read())
+    rows = [(f"{rule}, confidence: {kind}", float(x), "ours" if kind == "top1" else "theirs", f"{float(x):.2g}")
+            for rule, kind, x in found]
     bars("bias.svg", "error of DiPO's expected gradient, every trajectory enumerated", rows, max(row[1] for row in rows),
          "relative error; constant baseline and normaliser")
 
@@ -215,9 +220,9 @@ def one_step(path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", metavar="OUT", help="folders of default runs, for curves.svg")
-    parser.add_argument("--bench", metavar="FILE", help="what test_dirl.py --bench printed, for cost.svg")
+    parser.add_argument("--bench", metavar="FILE", help="what measure.py --bench printed, for cost.svg")
     parser.add_argument("--bias", metavar="FILE", help="what pytest -k unbiased -s printed, for bias.svg")
-    parser.add_argument("--one-step", metavar="FILE", help="what test_dirl.py --one-step printed, for one-step.svg")
+    parser.add_argument("--one-step", metavar="FILE", help="what measure.py --one-step printed, for one-step.svg")
     given = parser.parse_args()
     mask()
     for made, source in ((curves, given.runs), (cost, given.bench), (bias, given.bias), (one_step, given.one_step)):

@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: MIT
+"""Measurements of dirl.py, behind the README's figures; on a CPU all of them run too, smaller.
+
+    python .github/measure.py --bench       the authors' layout and ours: tokens, seconds, memory, differences
+    python .github/measure.py --rollouts    LMDeploy as it is and with the hook; weight updates awake and after sleep
+    python .github/measure.py --one-step    one-step log-probabilities against exact ones, RL with both
+    python .github/measure.py --gpu         what one 80 GB GPU must tell, within nine minutes
+    ... --small                             the same in its smallest form, for the tests
+
+Without a GPU, LMDeploy runs on the stand-ins of test_dirl.py, which then must be importable."""
+import argparse
+import asyncio
+import contextlib
+import io
+import itertools
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib import metadata
+
+import torch
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, HERE)
+
+import dirl
+
+CUDA, SMALL = torch.cuda.is_available(), "--small" in sys.argv
+FULL, DEVICE, B = CUDA and not SMALL, "cuda" if CUDA else "cpu", 4
+NAME = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+
+# What config.json has in place of the tiny model's values: of SDAR-1.7B, and of the model of --bench on a CPU.
+SDAR = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, rope_theta=1e6, initializer_range=0.02, torch_dtype="bfloat16",
+            max_position_embeddings=32768)
+MEDIUM = dict(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
+              num_key_value_heads=4, head_dim=64, rope_theta=1e6, initializer_range=0.02, max_position_embeddings=32768)
+
+
+# ---- what all of them use --------------------------------------------------------------------------------------------
+
+
+def flags(*argv, stage="rl"):
+    return dirl.configure(dirl.parse_flags([str(x) for x in argv]), stage)
+
+
+def part(name, *args, seconds=None):
+    """Runs a function of this file in a process of its own, which prints as it goes. Whether it ended well, in time."""
+    command = [sys.executable, __file__, "--part", name, *map(str, args), *["--small"] * SMALL]
+    more = {} if CUDA else {"TORCHDYNAMO_DISABLE": "1"}             # LMDeploy compiles small functions: 30 s for nothing here
+    try:
+        return subprocess.run(command, env=os.environ | more, timeout=seconds).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped after {seconds:.0f} s")
+        return False
+
+
+def random_model(folder, kind):
+    """A checkpoint of random weights: tiny, medium (for --bench on a CPU), or as large as SDAR-1.7B."""
+    import transformers
+    from huggingface_hub import save_torch_state_dict
+    dirl.build_tiny(folder, B, 0)
+    if kind != "tiny":
+        path = os.path.join(folder, "config.json")
+        config = dirl.read_json(path) | {"medium": MEDIUM, "1.7B": SDAR}[kind]
+        dirl.write_json(path, config)
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            model = transformers.Qwen3ForCausalLM(dirl.qwen3_config(config))
+        save_torch_state_dict(model.to(getattr(torch, config["torch_dtype"])).state_dict(), folder)
+
+
+@contextlib.contextmanager
+def folder_with_model(kind):
+    """A folder for files, and a random model in it: SDAR-1.7B's size on a GPU, tiny with --small, else of this kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = os.path.join(folder, "model")
+        if not part("random_model", model, "1.7B" if FULL else "tiny" if SMALL else kind):
+            sys.exit("no random model")
+        yield folder, model
+
+
+def memory(reset=False):
+    """The most memory that this process has had, in bytes: of the GPU, since the last reset, or resident."""
+    if not CUDA:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def random_trajectory(g, P, L, per_step):
+    """(prompt, output, step map): about P + L random tokens, in whole blocks, committed in random order."""
+    S = (P + L) // B * B
+    steps = torch.zeros(S, dtype=torch.long)
+    for k in range(P // B, S // B):
+        order = [p for p in (torch.randperm(B, generator=g) + B * k).tolist() if p >= P]
+        steps[order] = torch.arange(len(order)) // per_step + 1
+    tokens = torch.randint(0, 200, (S,), generator=g)
+    return tokens[:P], tokens[P:], steps[P:]
+
+
+# ---- --bench: what a forward and backward costs ----------------------------------------------------------------------
+
+# Table 1's mean output lengths of DiRL-8B: MATH500 and GSM8K, with static decoding (1 token a step) and dynamic (about 2).
+TABLE_1 = {1: (1917, 707), 2: (2001, 730)}
+LAYOUTS = {"authors": "the authors' layout", "no fakes": "without fake samples", "ours": "one forward (ours)"}
+SCALE = 1 if FULL else 128 if SMALL else 16
+
+
+def bench_trajectories(lengths, per_step):
+    """The trajectories of a case: "paper" has one of 1024 + 8192 tokens, "Table 1" one of MATH500's mean output length and
+    one of GSM8K's, after prompts of 200 tokens, a number one of 1024 + as many, all in 1/SCALE."""
+    g, known = torch.Generator().manual_seed(1), {"paper": [(1024, 8192)], "Table 1": [(200, L) for L in TABLE_1[per_step]]}
+    return [random_trajectory(g, P // SCALE, (P + L) // SCALE - P // SCALE, per_step)
+            for P, L in known.get(lengths) or [(1024, int(lengths))]]
+
+
+def authors_rows(trajectory, padded, fakes, mask_id):
+    """Rows of the authors' layout (train/dapo.py, models/sdar/modeling_sdar.py of OpenMOSS/DiRL, batch_size_lm 1): one
+    sample for each round, round s in all blocks at once, a noisy and a clean copy of the whole padded sequence; every
+    masked position goes through the vocabulary projection; rounds that did not occur are filled up to B with fake ones."""
+    prompt, output, steps = trajectory
+    tokens, P = torch.cat([prompt, output]), len(prompt)
+    step = torch.cat([torch.zeros_like(prompt), steps])
+    for s in range(1, B + 1 if fakes else int(steps.max()) + 1):
+        masked = step >= s
+        document = dirl.layout(tokens, torch.arange(len(tokens) // B), torch.where(masked, mask_id, tokens).view(-1, B), B)
+        document["reads"] = len(tokens) + masked.nonzero()[:, 0]
+        document["target"], document["at"] = tokens[masked], masked.nonzero()[:, 0] - P      # at: which output token
+        document["kept"] = step[masked] == s
+        yield dirl.join([document], length=2 * padded)
+
+
+def bench_rows(policy, trajectories, layout):
+    documents, rows = [], []
+    for i, (prompt, output, steps) in enumerate(trajectories):
+        if layout == "ours":
+            at = torch.arange(len(output))
+            document = dirl.trajectory_document(prompt, output, steps, B, policy.mask_id)
+            documents.append(document | {"at": at, "kept": at >= 0, "which": torch.full_like(at, i)})
+        else:
+            for row in authors_rows((prompt, output, steps), (1024 + 8192) // SCALE, layout == "authors", policy.mask_id):
+                row["which"] = torch.full_like(row["at"], i)
+                rows.append({name: x.to(policy.device) for name, x in row.items()})
+    c = flags("--max-tokens", 16384 // SCALE)
+    return rows or dirl.make_rows(policy, [len(d["ids"]) for d in documents], documents.__getitem__, c)
+
+
+def bench_policy(model):
+    """The random model in training, its logits a few nats apart as a trained model's."""
+    dirl.start_ranks()
+    policy = dirl.load_policy(model, flags("--model", model, "--engine", "torch"))
+    with torch.no_grad():
+        policy.model.lm_head.weight *= 4
+    return policy
+
+
+def bench_one(policy, layout, lengths, per_step, repetitions):
+    """Tokens, seconds and gigabytes of a layout in a case, its log-probabilities and gradients."""
+    trajectories = bench_trajectories(lengths, per_step)
+    rows, total = bench_rows(policy, trajectories, layout), sum(len(output) for _, output, _ in trajectories)
+    A = torch.randn(len(trajectories), generator=torch.Generator().manual_seed(2)).to(DEVICE) / total
+    found = [torch.zeros(len(output), device=DEVICE) for _, output, _ in trajectories]
+
+    def forward_and_backward(rows):
+        policy.model.zero_grad()
+        start = time.perf_counter()
+        for row in rows:
+            logp, _ = policy.score(row)                             # a fake sample's is empty, its backward is not
+            (A[row["which"]] * row["kept"] * logp).sum().backward()
+            for i in row["which"].unique().tolist():
+                chosen = row["kept"] & (row["which"] == i)
+                found[i][row["at"][chosen]] = logp.detach()[chosen]
+        if CUDA:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    before = memory(reset=True)
+    forward_and_backward(rows[:1])                                  # compiles, and touches memory
+    seconds = statistics.median(forward_and_backward(rows) for _ in range(repetitions))
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.model.parameters()]
+    return {"tokens": sum(len(row["ids"]) for row in rows), "seconds": seconds, "gigabytes": (memory() - before) / 1e9,
+            "logp": torch.cat(found), "grads": grads}
+
+
+def bench_in_file(model, file, layout, lengths, per_step):
+    torch.save(bench_one(bench_policy(model), layout, lengths, int(per_step), 1 if SMALL else 3), file)
+
+
+def bench_table(cases, layouts, result_of):
+    """Prints the table of all cases in these layouts, a line as soon as result_of(layout, lengths, per_step) knows it."""
+    print(f"{NAME}. Lengths of the paper / {SCALE}; the authors' rows padded to (1024 + 8192) / {SCALE}. Seconds: forward and "
+          "backward.\nMemory: the process's peak above the model. Differences: to the authors' layout.\n")
+    print(f"{'lengths':8} {'tokens/step':>11}  {'layout':22} {'forward tokens':>14} {'seconds':>8} {'ratio':>6} "
+          f"{'peak GB':>8} {'max |Δ log π|':>13} {'rel. Δ gradient':>15}")
+    for lengths, per_step in cases:
+        first = None
+        for layout in layouts:
+            result = result_of(layout, lengths, per_step)
+            first = first or result
+            gap = (result["logp"] - first["logp"]).abs().max()
+            error = sum(float((a - b).square().sum()) for a, b in zip(result["grads"], first["grads"]))**0.5
+            norm = sum(float(b.square().sum()) for b in first["grads"])**0.5
+            print(f"{lengths:8} {per_step:11}  {LAYOUTS[layout]:22} {result['tokens']:14,} {result['seconds']:8.2f} "
+                  f"{result['seconds'] / first['seconds']:6.2f} {result['gigabytes']:8.2f} {gap:13.1e} {error / norm:15.1e}")
+
+
+def bench():
+    """Each line in a process of its own: resident memory does not fall again."""
+    cases = [*itertools.product(("paper", "Table 1"), (1, 2)), *((str(L), 2) for L in (1024, 2048, 4096, 8192))]
+    with folder_with_model("medium") as (folder, model):
+        file = os.path.join(folder, "result")
+
+        def result_of(*case):
+            if not part("bench_in_file", model, file, *case):
+                sys.exit(f"no result of {case}")
+            return torch.load(file, map_location=DEVICE)
+        bench_table([("1024", 2)] if SMALL else cases, LAYOUTS, result_of)
+
+
+# ---- --rollouts: LMDeploy, and what the hook and a weight update cost ------------------------------------------------
+
+
+def lmdeploy_engine(policy, c, **options):
+    if CUDA:
+        return dirl.LMDeployEngine(policy, c, **options)
+    import test_dirl
+    test_dirl.lmdeploy_on_cpu()
+    return dirl.LMDeployEngine(policy, c, num_gpu_blocks=64, block_size=16, eager_mode=True, **options)
+
+
+def stock(engine):
+    """In place of dirl.hook_lmdeploy: LMDeploy's own strategies, with the checkpoint's mask token."""
+    from lmdeploy.pytorch.strategies import dllm
+
+    class Factory(dllm.DLLMStrategyFactory):
+        def __init__(self, model_config, dllm_config):
+            model_config.dllm_mask_token = engine.policy.mask_id
+            super().__init__(model_config, dllm_config)
+    return Factory
+
+
+def stock_tokens(engine, prompts, new):
+    """Output tokens of LMDeploy as it is, on the same settings: its own sampler, with top-k off."""
+    from lmdeploy import GenerationConfig
+
+    async def one(i):
+        asked = GenerationConfig(max_new_tokens=new, temperature=1.0, top_k=0, random_seed=i, ignore_eos=True)
+        async for response in engine.instance.async_stream_infer(next(engine.sessions), list(prompts[i]), asked):
+            tokens = len(response.token_ids)
+        return tokens
+
+    async def every():
+        return sum(await asyncio.gather(*map(one, range(len(prompts)))))
+    return engine.call(engine.loop.run, every())
+
+
+def rollouts(model=None):
+    """Tokens a second, logp_gap, weight updates: a line each, as soon as it is known; in a process of its own."""
+    if model is None:
+        with folder_with_model("tiny") as (_, model):
+            sys.exit(not part("rollouts", model))
+    P, new, sizes = (200, 256, (64, 256)) if FULL else (20, 16, (4, 8))
+    c = flags("--model", model, "--engine", "torch", "--max-new-tokens", new, "--max-length", P, "--slots", max(sizes),
+              "--unmask", "static", "--max-tokens", 16384)
+    prompts = torch.randint(0, 200, (max(sizes), P), generator=torch.Generator().manual_seed(0)).tolist()
+    dirl.start_ranks()
+    policy, rates, hook = dirl.load_policy(model, c), {}, dirl.hook_lmdeploy
+    policy.stop_ids = torch.tensor([], dtype=torch.long)            # every output is as long
+    print(f"{NAME}{'' if CUDA else ', stand-ins for the kernels'}; prompts of {P} tokens, {new} new ones, 1 token a step")
+    for name in ("stock", "ours"):                                  # in this order: the hook also changes LMDeploy's class
+        dirl.hook_lmdeploy = stock if name == "stock" else hook
+        before = in_use()
+        engine = lmdeploy_engine(policy, c, dllm_unmasking_strategy="low_confidence_static")
+        for n, length in [(min(sizes), 2 * B), *((n, new) for n in sizes)]:            # the first warms up
+            start = time.perf_counter()
+            if name == "stock":
+                tokens = stock_tokens(engine, prompts[:n], length)
+            else:
+                engine.c = replace(c, max_new_tokens=length)
+                found = engine.generate(prompts[:n], [(0, i) for i in range(n)])
+                tokens = sum(len(t.output) for t in found)
+            rate = rates[name, n, length] = tokens / (time.perf_counter() - start)
+            if length == new:
+                ratio = f", {rate / rates['stock', n, length]:.3f} of stock" if name == "ours" else ""
+                print(f"rollout, {n:3} at once, {name:5}: {rate:9,.1f} tokens/s{ratio}")
+        if name == "stock":
+            engine.close()
+    documents = [dirl.trajectory_document(t.prompt, t.output, t.steps, B, policy.mask_id) | {"sampled": t.logp}
+                 for t in found[:4]]
+    row, *_ = dirl.make_rows(policy, [len(d["ids"]) for d in documents], documents.__getitem__, c)
+    with torch.no_grad():
+        gap = (policy.score(row)[0] - row["sampled"]).abs()
+    print(f"logp_gap of sampler and trainer: mean {gap.mean():.1e}, largest {gap.max():.1e}")
+    weight_updates(engine, before)
+    engine.close()
+
+
+def in_use():
+    """Gigabytes of the GPU's memory, whoever holds them."""
+    return (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 1e9 if CUDA else 0.0
+
+
+def weight_updates(engine, before):
+    size = sum(w.numel() * w.element_size() for _, w in engine.policy.named_weights(torch.bfloat16 if CUDA else torch.float32))
+    awake = in_use()
+    for state in ("awake", "awake", "after sleep"):
+        if state != "awake":
+            engine.sleep()                                          # drops weights, cache and CUDA graphs
+            asleep = in_use()
+        start = time.perf_counter()
+        engine.update_weights()
+        seconds = time.perf_counter() - start
+        print(f"weight update, {state}: {size / 1e9:.3f} GB, {seconds:.3f} s, {size / 1e9 / seconds:.2f} GB/s")
+    print(f"GPU memory in use: before the engine {before:.1f} GB, awake {awake:.1f} GB, asleep {asleep:.1f} GB")
+
+
+# ---- --one-step: log-probabilities that are not those of the decoding ------------------------------------------------
+
+TRAJECTORY_DOCUMENT = dirl.trajectory_document
+
+
+def one_step_document(prompt, output, steps, B, mask_id):
+    """diffu-GRPO's estimate (d1), for blocks: every token is scored as if its whole block had been committed at once."""
+    return TRAJECTORY_DOCUMENT(prompt, output, torch.ones_like(steps), B, mask_id)
+
+
+def last_line(*argv):
+    """Of dirl.py with these flags, in this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO() if SMALL else sys.stderr):
+        dirl.main([str(x) for x in argv])
+    return printed.getvalue().splitlines()[-1].split("; ")[0]
+
+
+def one_step_errors(folder, seed, rule, reward):
+    """Of the committed tokens of 32 groups sampled from a checkpoint: one-step against exact log-probabilities."""
+    c = flags("--model", folder, "--seed", seed, "--prompts", 2 if SMALL else 32, "--unmask", rule, "--max-tokens", 1)
+    policy = dirl.load_policy(folder, c)
+    problems = dirl.encode_problems(policy, c, None, dirl.built_in("rl", seed))
+    _, groups, _ = dirl.sample_groups(policy, dirl.TorchEngine(policy, c), c, problems, reward, 0, 10**6, {})
+    groups, logp, gradients = groups[:c.prompts], [], []
+    for score_as in (TRAJECTORY_DOCUMENT, one_step_document):
+        dirl.trajectory_document = score_as
+        rows, _ = dirl.dipo_rows(policy, c, groups)                 # one trajectory a row, the longest first
+        dirl.trajectory_document = TRAJECTORY_DOCUMENT
+        values = [policy.score(row)[0] for row in rows]
+        J = sum(dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0] for value, row in zip(values, rows))
+        logp.append(torch.cat(values).detach())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(J, list(policy.model.parameters()))]))
+    trajectories = [t for group, _ in groups for t in group]
+    order = sorted(trajectories, key=lambda t: -len(t.prompt) - len(t.output) - B * t.decoding_steps)
+    steps, error = torch.cat([t.steps for t in order]), (logp[1] - logp[0]).abs()
+    for s in steps.unique().tolist():
+        e = error[steps == s]
+        print(f"    committed at step {s}: {len(e) / len(error):4.0%} of the tokens; |one-step - exact| log π in nats: "
+              f"mean {e.mean():.3f}, median {e.median():.3f}, 90% {e.quantile(0.9):.3f}, max {e.max():.3f}")
+    exact, ours = gradients
+    scaled = (ours @ exact) / (ours @ ours) * ours
+    print(f"    gradient of Eq. 7 on them: relative error {float((ours - exact).norm() / exact.norm()):.2f}, "
+          f"after the best scaling {float((scaled - exact).norm() / exact.norm()):.2f}")
+
+
+def one_step():
+    """RL with both; MAX_LOGP_GAP would stop the one with one-step log-probabilities, and rightly."""
+    dirl.MAX_LOGP_GAP, alternating = float("inf"), itertools.cycle((0.0, 1.0))
+    short = []
+    if SMALL:                                  # after two steps of SFT no answer is right
+        dirl.arithmetic_reward = lambda answer, truth: next(alternating)
+        dirl.HELD_OUT, short = 4, ["--steps", 2, "--max-new-tokens", 8]
+    for seed in (0,) if SMALL else (0, 1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            last_line("--stage", "sft", "--seed", seed, "--out", folder, *short)
+            sft = os.path.join(folder, "sft")
+            for rule in ("dynamic", "static"):
+                print(f"seed {seed}, --unmask {rule}, trajectories of the model after SFT")
+                one_step_errors(sft, seed, rule, dirl.arithmetic_reward)
+                for name, score_as in (("exact", TRAJECTORY_DOCUMENT), ("one-step", one_step_document)):
+                    dirl.trajectory_document, out = score_as, os.path.join(folder, f"{rule} {name}")
+                    line = last_line("--seed", seed, "--unmask", rule, "--model", sft, "--out", out, *short)
+                    with open(os.path.join(out, "rl.metrics.jsonl"), encoding="utf-8") as file:
+                        gaps = [float(x) for x in re.findall(r'"logp_gap": ([\d.e+-]+)', file.read())]
+                    print(f"    RL with {name} log-probabilities: {line}, largest logp_gap {max(gaps):.1e}")
+                dirl.trajectory_document = TRAJECTORY_DOCUMENT
+
+
+# ---- --gpu: what one 80 GB GPU must tell -----------------------------------------------------------------------------
+
+
+def versions():
+    """The card, its compiler and the packages."""
+    print(NAME, f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}" if CUDA else "")
+    for name in ("torch", "triton", "transformers", "lmdeploy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            print(f"{name} {metadata.version(name)}", end=", ")
+    from triton import knobs
+    print(f"ptxas {knobs.nvidia.ptxas.version} of {knobs.nvidia.ptxas.path}")
+
+
+def attention():
+    """dirl.attention under the mask of a packed row against a softmax written out in float64: out, and the gradients of
+    q, k, v. In bfloat16 as in training; in float32 a single wrong pair shows."""
+    N, heads, share = (4608, 16, 1) if FULL else (640, 4, 8)
+    g, documents = torch.Generator().manual_seed(0), []
+    for P, L, per_step in ((1000, 500, 2), (300, 200, 1), (130, 46, 2), (41, 55, 1)):
+        documents.append(dirl.trajectory_document(*random_trajectory(g, P // share, L // share, per_step), B, 999))
+    row = dirl.join(documents, length=N)
+    row, i = {name: x.to(DEVICE) for name, x in row.items()}, torch.arange(N, device=DEVICE)
+    sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // B)
+    dense = sees(0, 0, i[:, None], i)
+    mask = dirl.block_mask(sees, N, DEVICE) if CUDA else dense[None, None]             # as Policy.score has it
+    kind = "FlexAttention" if CUDA else "SDPA"
+    print(f"{kind} against float64, {N} tokens, {heads} heads, {heads // 2} of keys: relative errors")
+    wrong = []
+    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (32, 64, 128)):
+        shapes = [(1, N, h, D) for h in (heads, heads // 2, heads // 2)]
+        q, k, v = (torch.randn(s, generator=g).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for s in shapes)
+        d_out = torch.randn(shapes[0], generator=g).to(DEVICE, dtype)
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        try:
+            out, _ = dirl.attention(None, q, k, v, mask, D**-0.5)
+            got = [out, *torch.autograd.grad(out, (q, k, v), d_out)]
+        except Exception as error:
+            wrong.append(f"{dtype}, D = {D}: {' '.join(str(error).split())[:300]}")
+            print(wrong[-1])
+            continue
+        keys, values = (x.repeat_interleave(2, 1) for x in exact[1:])
+        scores = (exact[0] @ keys.mT * D**-0.5).masked_fill(~dense, -torch.inf)
+        out = (scores.softmax(-1) @ values).transpose(1, 2)
+        pairs = list(zip(got, [out, *torch.autograd.grad(out, exact, d_out.double())]))
+        errors = [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in pairs]
+        good = max(errors) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
+        wrong += [] if good else [f"{dtype}, D = {D}"]
+        print(f"{str(dtype)[6:]:8} D = {D:3}: out {{:.1e}}, dq {{:.1e}}, dk {{:.1e}}, dv {{:.1e}}  {{}}".format(
+            *errors, "ok" if good else "WRONG"))
+    sys.exit(bool(wrong))
+
+
+def layouts(model):
+    """--bench at the paper's and Table 1's lengths, in one process, which on a GPU can set its peak memory back."""
+    policy, cases = bench_policy(model), itertools.product(("paper", "Table 1"), (1, 2))
+    bench_table(cases, ("authors", "ours"), lambda *case: bench_one(policy, *case, 1))
+
+
+def rl(model):
+    """Three steps of DiPO with LMDeploy: seconds and peak memory of each phase. Rewards alternate, so that all groups are
+    mixed."""
+    sizes = dict(prompts=4, group_size=8, max_new_tokens=256) if FULL else dict(prompts=2, group_size=2, max_new_tokens=8)
+    c = flags("--model", model, "--engine", "torch", "--max-length", 384, "--slots", 64, "--engine-memory", 0.3)
+    c, clock, peaks, alternating = replace(c, **sizes, out=model), dirl.clock, {}, itertools.cycle((0.0, 1.0))
+
+    @contextlib.contextmanager
+    def with_memory(seconds, phase):
+        memory(reset=True)
+        with clock(seconds, phase):
+            yield
+        peaks[phase] = max(peaks.get(phase, 0), memory() / 1e9)
+    dirl.clock = with_memory
+    dirl.start_ranks()
+    policy = dirl.load_policy(model, c)
+    engine, optimizer = lmdeploy_engine(policy, c), dirl.make_optimizer(policy, c)
+    problems = dirl.encode_problems(policy, c, None, dirl.built_in("rl", 0))
+    progress = dirl.resume(policy, optimizer, c)
+    for step in (1, 2, 3):
+        start = time.perf_counter()
+        line = dirl.rl_step(policy, None, engine, optimizer, c, problems, lambda *_: next(alternating), step, progress)
+        print(f"step {step}: {time.perf_counter() - start:.2f} s, {line['forward_tokens']:,} forward tokens, logp_gap "
+              f"{line['logp_gap']:.1e}, gradient norm {line['grad_norm']:.2g}")
+        print("    " + ", ".join(f"{x[8:]} {line[x]:.2f} s ({peaks[x]:.1f} GB)" for x in line if x.startswith("seconds_")))
+    engine.close()
+
+
+def gpu():
+    """Every part in a process of its own with a time limit: one that fails or hangs costs no other its result."""
+    start, failed = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        model = os.path.join(folder, "model")
+        parts = (("versions", 60), ("attention", 120), ("random_model", 60, model, "1.7B" if FULL else "tiny"),
+                 ("layouts", 170, model), ("rollouts", 150, model), ("rl", 120, model))
+        for name, seconds, *args in parts:
+            begun = time.perf_counter()
+            print(f"==== {name}")
+            if not part(name, *args, seconds=max(1, min(seconds, 535 + start - begun))):
+                failed.append(name)
+            print(f"==== {name}: {'failed' if name in failed else 'done'} after {time.perf_counter() - begun:.0f} s\n")
+    print(f"all in {time.perf_counter() - start:.0f} s; failed: {', '.join(failed) or 'none'}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    for function in (bench, rollouts, one_step, gpu):
+        name = function.__name__
+        choice.add_argument("--" + name.replace("_", "-"), action="store_const", const=[name], dest="part")
+    choice.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true")
+    name, *args = parser.parse_args().part
+    globals()[name](*args)
