@@ -30,9 +30,9 @@ Departures: where the paper is silent or contradicts itself, this file chooses.
     B more tokens (a view), where Fig. 4b repeats the whole sequence. Same log-probabilities, fewer tokens.
   - w(t) of Eq. 3 is 1/t, the ELBO weight of the linear schedule; t ≥ 1e-3; one t a block, as Eq. 3 is
     written. The sum is divided by the answer tokens of the whole batch.
-  - |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code has tokens there, L times the most
-    steps of any block over B. Each objective is a mean over the groups of the batch; Eq. 6 has no 1/G, as
-    printed.
+  - |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code counts tokens, but as
+    (most steps of any block) · L / B. Each objective is a mean over the groups of the batch; Eq. 6 has no
+    1/G, as printed.
   - The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
   - A position's confidence is its top-1 probability, the paper's words. Engines and the authors' code take
     that of the token drawn there (--confidence drawn): then the objective's gradient is biased.
@@ -290,7 +290,7 @@ import asyncio
 import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -1230,7 +1230,7 @@ NEEDS = {"sft": 'needs "messages": [{"role", "content"}, ...], the last an assis
 
 def read_records(path, name, stage):
     """The good records of a .json list or a .jsonl file, read. Bad ones are skipped and counted; a file with
-    more bad than good ones is refused."""
+    as many bad as good ones, or more, is refused."""
     with in_one_line(f"{name} {path}: not a readable .json list or .jsonl file"):
         with open(path, encoding="utf-8-sig") as file:
             records = [x for x in file if x.strip()] if path.endswith(".jsonl") else list(json.load(file))
@@ -1348,6 +1348,7 @@ def load_reward(c):
 def usable(policy, c, path, encoded):
     """Of (token ids, ...), those that are short enough and free of [MASK]; says how many are not."""
     kept = [x for x in encoded if len(x[0]) <= c.max_length and policy.mask_id not in x[0]]
+    path = path or "the built-in task"
     if len(kept) < len(encoded):
         say(f"{path}: skipped {len(encoded) - len(kept)} of {len(encoded)}: longer than --max-length "
             f"{c.max_length}, or with a mask token in them")
@@ -1467,7 +1468,7 @@ def load_tokenizer(folder, config):
 
 def load_policy(folder, c, config=None):
     """A Policy from config.json, safetensors and tokenizer files. No code from the folder is run. The weights
-    stay in the file's dtype, mapped from it and shared by the ranks of a host, until `shard` has its own."""
+    stay in the file's dtype until `shard` turns one part after the other to float32."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1615,6 +1616,10 @@ def all_sum(tensor):
     return tensor
 
 
+def barrier():
+    all_sum(torch.zeros(1))
+
+
 def shard(model):
     """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. On CUDA
     layers compute in bfloat16, gradients are averaged in float32. A part becomes float32, on its device, just
@@ -1624,10 +1629,9 @@ def shard(model):
         n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
         mesh = mesh["shard"] if n == world() else mesh
-        precision = (torch.bfloat16, torch.float32) if device == "cuda" else ()
+        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
         for layer in model.model.layers:
-            policy = MixedPrecisionPolicy(*precision)
-            fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=policy)
+            fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
         # the rest stays whole after the forward, since lm_head is read then
         fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
     model = model.to(device, torch.float32)
@@ -1752,7 +1756,7 @@ def save(policy, optimizer, c, progress):
         save_policy(policy, os.path.join(c.out, c.stage))
         model, moments = get_state_dict(policy.model, optimizer)
         with written_aside(folder) if rank() == 0 else nullcontext():
-            all_sum(torch.zeros(1))                                    # the folder is there
+            barrier()                                                  # the folder is there
             dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder + ".tmp")
             if rank() == 0:
                 paths = {name: os.path.join(c.out, name) for name in files_of(c)}
@@ -1760,7 +1764,7 @@ def save(policy, optimizer, c, progress):
                 write_json(os.path.join(folder + ".tmp", "progress.json"), progress | {"bytes": lengths})
         for old in saved_states(c)[:-2] if rank() == 0 else []:
             shutil.rmtree(os.path.join(state_folder(c), str(old)))
-        all_sum(torch.zeros(1))
+        barrier()
 
 
 def resume(policy, optimizer, c):
@@ -1820,7 +1824,8 @@ def begin(c):
         before = read_json(run_file(c))["flags"]
         changed = [f"{x} {before.get(x)} -> {flags[x]}" for x in flags if before.get(x) != flags[x]]
         say(f"{c.stage}: resumed" + f" with other flags: {', '.join(changed)}" * bool(changed))
-    versions = {name: version(name) for name in {"torch", "transformers", c.engine}}
+    installed = [name for name in ("torch", "transformers", "lmdeploy") if importlib.util.find_spec(name)]
+    versions = {name: version(name) for name in installed}
     write_json(run_file(c) + ".tmp", {"flags": flags, "versions": versions})
     os.replace(run_file(c) + ".tmp", run_file(c))
 
@@ -1835,7 +1840,7 @@ def run_stage(c, folder, records, reward=None, eval_records=None):
         refuse_begun(c)
     policy = load_policy(folder, c)
     if c.stage == "sft":
-        problems = usable(policy, c, c.data, [policy.example(chat) for chat in records])
+        examples = usable(policy, c, c.data, [policy.example(chat) for chat in records])
     elif c.stage == "rl":
         problems, held_out = split_problems(policy, c, records, eval_records)
     else:
@@ -1843,7 +1848,7 @@ def run_stage(c, folder, records, reward=None, eval_records=None):
     if writes:
         begin(c)
     if c.stage == "sft":
-        train_sft(policy, c, problems)
+        train_sft(policy, c, examples)
         return say(f"sft: {c.steps} steps; checkpoint: {os.path.join(c.out, 'sft')}")
     reference = load_policy(folder, c) if c.stage == "rl" and c.beta else None
     with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
@@ -1888,7 +1893,7 @@ def tiny_start(c, given):
     start = os.path.join(c.out, "init")
     if rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
         build_tiny(start, c.block_size, c.seed)
-    all_sum(torch.zeros(1))                                            # it is there for all ranks
+    barrier()                                                          # it is there for all ranks
     if c.stage == "sft":
         return start
     both = ("seed", "block_size", "batch", "max_tokens", "save_every")                  # flags of both stages
@@ -1910,7 +1915,7 @@ def main(argv=None):
     start_ranks()
     c.out, *_ = gather([choose_out(c)])                                # one folder for all ranks
     with alone_in(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
-        all_sum(torch.zeros(1))
+        barrier()
         run_stage(c, tiny_start(c, given) if c.model == "tiny" else c.model, records, reward, eval_records)
 
 

@@ -2363,7 +2363,7 @@ def readme_commands():
 def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
     """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements with --help."""
     monkeypatch.chdir(tmp_path)
-    short_runs(monkeypatch)
+    short_runs(monkeypatch, held_out=4)
     Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"},
                                                             {"role": "assistant", "content": "!"}]}) + "\n")
     for name in ("problems.jsonl", "test.jsonl"):
