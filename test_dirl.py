@@ -2513,6 +2513,15 @@ def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
             assert found[name + " rows"] <= one[name + " rows"]
 
 
+def test_ranks_wait_for_the_slowest_rollout(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dirl.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dirl.dist, "init_process_group", lambda backend, timeout: asked.update(timeout=timeout))
+    dirl.start_ranks()
+    assert asked["timeout"].total_seconds() >= 12 * 3600
+
+
 def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(50, 900, (64,), generator=g).tolist()
