@@ -1390,7 +1390,7 @@ def nth(items, n, *key):
 
 def read_config(folder, c):
     """config.json of a checkpoint as a dict in SDAR's format: the same dense Qwen3 under any of its names,
-    newer transformers' fields under their older ones. mask_token_id may be missing: see `load_policy`."""
+    newer transformers' fields under their older ones. mask_token_id may be missing: see `load_tokenizer`."""
     def refuse(message):
         fail(f"--model {folder}: {message} in its config.json")
     with in_one_line(f"--model {folder}: no readable config.json"):
@@ -1466,13 +1466,13 @@ def load_tokenizer(folder, config):
     return tokenizer, tokenizer(after, add_special_tokens=False)["input_ids"][0], add_mask
 
 
-def load_policy(folder, c, config=None):
+def load_policy(folder, c):
     """A Policy from config.json, safetensors and tokenizer files. No code from the folder is run. The weights
     stay in the file's dtype until `shard` turns one part after the other to float32."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config, before = config or read_config(folder, c), read_json(os.path.join(folder, "config.json"))
+    config, before = read_config(folder, c), read_json(os.path.join(folder, "config.json"))
     with in_one_line(f"--model {folder}"):
         tokenizer, end_id, add_mask = load_tokenizer(folder, config)
         model, info = transformers.Qwen3ForCausalLM.from_pretrained(

@@ -1542,7 +1542,7 @@ def test_sdar_save_and_load(policies, tmp_path):
     from safetensors.torch import load_file
     source, folder = policies(4).folder, str(tmp_path / "copy")
     c = flags()
-    policy = dirl.load_policy(source, c, dirl.read_config(source, c))
+    policy = dirl.load_policy(source, c)
     os.makedirs(os.path.join(source, "subfolder"), exist_ok=True)
     dirl.save_policy(policy, folder)
     before, after = (load_file(os.path.join(f, "model.safetensors")) for f in (source, folder))
@@ -1551,7 +1551,7 @@ def test_sdar_save_and_load(policies, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         with open(os.path.join(source, name), "rb") as a, open(os.path.join(folder, name), "rb") as b:
             assert a.read() == b.read()
-    again = dirl.load_policy(folder, c, dirl.read_config(folder, c))
+    again = dirl.load_policy(folder, c)
     for a, b in zip(policy.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     config = json.load(open(os.path.join(folder, "config.json")))
