@@ -51,7 +51,6 @@ from torch.nn.attention.flex_attention import BlockMask
 # I. THE PAPER
 # ---- Eq. 1-2, Fig. 4b: one forward, and who sees whom in it ----------------------------------------------
 
-
 def mask_mod(doc, copy, block):
     """Fig. 4b as a FlexAttention mask_mod: one rule for SFT, scoring and decoding.
 
@@ -112,7 +111,6 @@ def join(documents, length=None):
 
 # ---- Eq. 2: the policy, and its log-probabilities where a loss reads them --------------------------------
 
-
 def log_policy(logits, temperature, mask_id):
     """Eq. 2: log π_θ(· | b_t^k, b^{<k}), [..., vocab], at least float32. The one definition of the policy,
     for sampler and scorer alike: temperature, and [MASK] (mask_id) forbidden."""
@@ -136,7 +134,6 @@ def log_probs(hidden, weight, target, temperature, mask_id, chunk=512):
 
 
 # ---- Eq. 3: SFT ------------------------------------------------------------------------------------------
-
 
 def noised_document(tokens, P, u, z, B, mask_id):
     """Eq. 3's forward process on one example: each answer token is masked with probability t = 1 - α_t.
@@ -168,7 +165,6 @@ def sft_loss(logp, weight, answer_tokens):
 
 # ---- Eq. 4-5: GRPO's parts -------------------------------------------------------------------------------
 
-
 def advantage(rewards, divide_by_std=False):
     """Section 2.2: A_i = r_i - (1/G) Σ_j r_j, [groups, G]; section 3.2's "normalized" also divides by the
     group's standard deviation (the population's; a group of equal rewards has A = 0)."""
@@ -190,7 +186,6 @@ def kl_k3(logp, logp_ref):
 
 
 # ---- section 3.2: a trajectory and what the model saw ----------------------------------------------------
-
 
 def trajectory_document(prompt, output, steps, B, mask_id):
     """Section 3.2: a trajectory τ, one document; as a block stood before its step s, τ(1:s-1), it is a view.
@@ -216,7 +211,6 @@ def trajectory_document(prompt, output, steps, B, mask_id):
 
 
 # ---- Eq. 6, 7, 8: DiPO -----------------------------------------------------------------------------------
-
 
 def trajectory_weights(size, objective):
     """The normaliser of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: a mean over
@@ -256,7 +250,6 @@ def eq8(logp, logp_old, A, w, eps, eps_high, view):
 
 
 # ---- section 5.1: decoding -------------------------------------------------------------------------------
-
 
 def draw(log_pi, u):
     """Section 5.1: a token a position from π, its distribution function inverted at u; none with π = 0.
@@ -305,6 +298,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -316,7 +310,6 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one rank saves its state like many
 
 # ---- the policy: transformers' Qwen3 under our mask ------------------------------------------------------
-
 
 @dataclass
 class Policy:
@@ -404,7 +397,6 @@ def flex_attention():
 
 
 # ---- rollout: the PyTorch sampler ------------------------------------------------------------------------
-
 
 @dataclass
 class Trajectory:
@@ -536,7 +528,6 @@ class TorchEngine:
 
 
 # ---- rollout: LMDeploy -----------------------------------------------------------------------------------
-
 
 def hook_lmdeploy(engine):
     """Our policy in stock LMDeploy, at one patch point: the class returned here takes the place of
@@ -778,7 +769,6 @@ def over_ranks(sums):
 
 # ---- the SFT loop ----------------------------------------------------------------------------------------
 
-
 def sft_step(policy, optimizer, c, examples, step, progress):
     """One step of Eq. 3. Returns its line of metrics."""
     documents, answer_tokens, sums = [], 0, {}
@@ -816,7 +806,6 @@ def train_sft(policy, c, examples):
 
 
 # ---- the RL loop, its phases numbered as in Fig. 3 -------------------------------------------------------
-
 
 class Problem(NamedTuple):
     prompt: list                 # token ids, to where the assistant speaks
@@ -984,7 +973,6 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
 
 # ---- evaluation ------------------------------------------------------------------------------------------
 
-
 def evaluate(policy, engine, c, problems, reward, step=None):
     """Table 1's columns, printed and returned, by all ranks; every answer goes to OUT/eval.jsonl, or with
     the step of RL to OUT/rl.eval.jsonl."""
@@ -1055,7 +1043,6 @@ def show(policy, engine, c, problem):
 # ============================================================================================================
 # III. THE WORKSHOP
 # ---- flags -----------------------------------------------------------------------------------------------
-
 
 def flag(default, text, paper=None, choices=None, least=None):
     return field(default=default, metadata={"text": text, "paper": paper, "choices": choices, "least": least})
@@ -1131,8 +1118,8 @@ def fail(message):
 
 
 @contextmanager
-def in_one_line(where, then=""):
-    """What goes wrong in files and libraries is said in one line: where, what, and what to do then."""
+def in_one_line(where, c=None):
+    """What goes wrong in files and libraries is said in one line: where, what, and the run's last state."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
@@ -1140,7 +1127,8 @@ def in_one_line(where, then=""):
     except BaseException as error:                     # torch's CheckpointException is no Exception, and its
         for error, _ in getattr(error, "failures", {}).values():       # text is a traceback: say the first
             break
-        fail(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}{then}")
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        fail(f"{where}: {what}" + (f"; {last_state(c)}" if c else ""))
 
 
 def parse_flags(argv=None):
@@ -1173,8 +1161,6 @@ def configure(given, stage):
     c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
     c.eps_high = c.eps if c.eps_high is None else c.eps_high
     c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
-    if c.model == "tiny":
-        c.block_size = c.block_size or 4
     wrong = {
         "--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta":
             c.beta > 0 and c.objective == "eq8",
@@ -1182,27 +1168,20 @@ def configure(given, stage):
             stage != "sft" and c.engine == "lmdeploy" and not lmdeploy_runs(),
         "--sleep: it is for --engine lmdeploy": c.sleep and c.engine != "lmdeploy",
         f"--engine-memory {c.engine_memory}: a share of the free GPU memory, below 1": c.engine_memory >= 1,
-        "--eval-data without --data: one reward judges both": c.eval_data and not c.data,
-        f"--eval-data: it is for --stage rl; --stage {stage} reads --data": c.eval_data and stage != "rl",
+        "--eval-data: it is for --stage rl with --data": c.eval_data and not (stage == "rl" and c.data),
         f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl":
             stage in ("eval", "show") and c.model == "tiny",
-        "--resume: say which run with --out": c.resume and not c.out,
-        f"--tokens-per-step {c.tokens_per_step}: must divide the block size {c.block_size}":
-            c.block_size and c.block_size % c.tokens_per_step}
-    for message in [message for message, is_wrong in wrong.items() if is_wrong][:1]:
-        fail(message)
+        "--resume: say which run with --out": c.resume and not c.out}
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            fail(message)
     return c
 
 
 def is_tiny(model):
-    """Whether --model is the built-in model or a checkpoint of it: narrow, and with bytes for tokens."""
-    if model in (None, "tiny"):
-        return True
-    try:
-        config = read_json(os.path.join(model, "config.json"))
-        return config["hidden_size"] < 512 and config["vocab_size"] < 1000
-    except (OSError, ValueError, KeyError, TypeError):
-        return False                                                   # what is wrong, read_config says
+    """Whether --model is the built-in model, or a checkpoint of it: its config.json says so."""
+    config = os.path.join(model or "tiny", "config.json")
+    return model in (None, "tiny") or os.path.isfile(config) and b'"tiny": true' in open(config, "rb").read()
 
 
 def lmdeploy_runs():
@@ -1364,10 +1343,10 @@ def encode_problems(policy, c, path, records):
 
 
 def split_problems(policy, c, records, eval_records):
-    """(problems to train on, those that are only evaluated) of RL; without --eval-data a file is split."""
-    problems = encode_problems(policy, c, c.data, records)
-    if eval_records:
-        return problems, encode_problems(policy, c, c.eval_data, eval_records)
+    """(problems of the stage, those that rl evaluates on); without --eval-data rl splits its own."""
+    problems = encode_problems(policy, c, "--prompt" if c.prompt is not None else c.data, records)
+    if c.stage != "rl" or eval_records:
+        return problems, eval_records and encode_problems(policy, c, c.eval_data, eval_records)
     n = min(HELD_OUT, len(problems) // 10)
     problems = [nth(problems, i, c.seed, "split") for i in range(len(problems))]
     return problems[n:], problems[:n]
@@ -1387,43 +1366,39 @@ def nth(items, n, *key):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
 
-
 def read_config(folder, c):
     """config.json of a checkpoint as a dict in SDAR's format: the same dense Qwen3 under any of its names,
     newer transformers' fields under their older ones. mask_token_id may be missing: see `load_tokenizer`."""
-    def refuse(message):
-        fail(f"--model {folder}: {message} in its config.json")
-    with in_one_line(f"--model {folder}: no readable config.json"):
+    with in_one_line(f"--model {folder}: config.json"):
         config = dict(read_json(os.path.join(folder, "config.json")))
-    kind = config.get("model_type")
-    if kind not in ("sdar", "a2d-qwen3", "qwen3") or any("expert" in name for name in config):
-        refuse(f"model_type {kind!r}; only dense Qwen3 is supported: 'sdar', 'a2d-qwen3', 'qwen3'")
-    rope = config.pop("rope_parameters", None) or {}
-    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: x for name, x in rope.items() if name != "rope_theta"}
-    config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype") or "bfloat16"
-    if not isinstance(getattr(torch, str(config["torch_dtype"]), None), torch.dtype):
-        refuse(f"torch_dtype {config['torch_dtype']!r}, which torch does not know,")
-    if set(config.pop("layer_types", None) or []) - {"full_attention"} or config.get("use_sliding_window"):
-        refuse("sliding windows, which are not supported,")
-    if not config.get("block_size"):
-        if kind == "a2d-qwen3" and not c.block_size:
-            refuse("no block_size: give --block-size (4 for OPDLM's, 32 for dllm's), since there is none")
-        config["block_size"] = c.block_size or 4
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "block_size", "eos_token_id", "mask_token_id")
-    for name in sizes:
-        value = config.get(name)
-        value = value[0] if name == "eos_token_id" and isinstance(value, list) and value else value
-        if name == "mask_token_id" and value is None:
-            config.pop(name, None)
-        elif type(value) is not int or value < (0 if name.endswith("_id") else 1):
-            refuse(f"{name} is {value!r}; a number is needed")
-        elif name.endswith("_id") and value >= config["vocab_size"]:
-            refuse(f"{name} {value} is not below vocab_size {config['vocab_size']}")
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        refuse(f"num_key_value_heads {config['num_key_value_heads']} does not divide num_attention_heads")
+        kind = config.get("model_type")
+        if kind not in ("sdar", "a2d-qwen3", "qwen3") or any("expert" in name for name in config):
+            raise ValueError(f"model_type {kind!r}; dense Qwen3 only: 'sdar', 'a2d-qwen3' or 'qwen3'")
+        layers = set(config.pop("layer_types", None) or [])
+        if layers - {"full_attention"} or config.get("use_sliding_window"):
+            raise ValueError("sliding windows are not supported")
+        rope = config.pop("rope_parameters", None) or {}
+        config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: x for name, x in rope.items() if name != "rope_theta"}
+        config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype") or "bfloat16"
+        if not isinstance(getattr(torch, str(config["torch_dtype"]), None), torch.dtype):
+            raise ValueError(f"torch_dtype {config['torch_dtype']!r}, which torch does not know")
+        if not config.get("block_size"):
+            if kind == "a2d-qwen3" and not c.block_size:
+                raise ValueError("it has no block_size: give --block-size (4 for OPDLM's, 32 for dllm's)")
+            config["block_size"] = c.block_size or 4
+        for name in ("block_size", "eos_token_id", "mask_token_id"):
+            value = config.get(name)
+            value = value[0] if isinstance(value, list) and value else value
+            if type(value) is not int or not 0 <= value < config["vocab_size"]:
+                if name == "mask_token_id" and value is None:
+                    config.pop(name, None)
+                else:
+                    raise ValueError(f"{name} is {value!r}; a number below vocab_size is needed")
+        if config["num_attention_heads"] % config["num_key_value_heads"]:
+            raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} does not divide the heads")
+        qwen3_config(config)                                           # transformers checks the other fields
     if c.block_size not in (None, config["block_size"]):
         fail(f"--block-size {c.block_size}: the block size of {folder} is {config['block_size']}")
     if config["block_size"] % c.tokens_per_step:
@@ -1439,7 +1414,7 @@ def qwen3_config(config):
     import transformers
     transformers.AttentionInterface.register("dirl", attention)
     ours = {"model_type", "architectures", "auto_map", "attn_implementation", "_attn_implementation",
-            "torch_dtype", "dtype"}
+            "torch_dtype", "tiny"}
     known = {name: value for name, value in config.items() if name not in ours}
     return transformers.Qwen3Config(**known, attn_implementation="dirl")
 
@@ -1563,7 +1538,7 @@ def build_tiny(folder, B, seed):
         hidden_act="silu", attention_bias=False, attention_dropout=0.0, rms_norm_eps=1e-6, rope_theta=30.0,
         initializer_range=0.08, max_position_embeddings=4096, rope_scaling=None, sliding_window=None,
         use_sliding_window=False, tie_word_embeddings=False, use_cache=True, torch_dtype="float32",
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, mask_token_id=mask, block_size=B)
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, mask_token_id=mask, block_size=B, tiny=True)
     write_json(os.path.join(folder, "config.json"), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1572,7 +1547,6 @@ def build_tiny(folder, B, seed):
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------
-
 
 def start_ranks():
     """torchrun's ranks become one process group. One rank on a GPU is a group of its own, without a port."""
@@ -1657,7 +1631,6 @@ def gathered(model):
 
 # ---- rows: documents packed, and dealt to the ranks ------------------------------------------------------
 
-
 def pack(lengths, max_tokens):
     """Documents into rows of at most max_tokens, longest first, each into the first row with room; one that
     is longer gets a row of its own. Returns a list of lists of document indices."""
@@ -1673,16 +1646,11 @@ def pack(lengths, max_tokens):
 
 
 def deal(lengths, max_tokens):
-    """Documents of these lengths → rows of document indices for this rank. The longest goes first, to the
-    rank with least. All ranks get as many rows, the last ones may be empty."""
-    hands, loads = [[] for _ in range(world())], [0] * world()
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = loads.index(min(loads))
-        hands[r].append(i)
-        loads[r] += lengths[i]
-    packed = [pack([lengths[i] for i in hand], max_tokens) for hand in hands]
-    rows = [[hands[rank()][j] for j in row] for row in packed[rank()]]
-    return rows + [[]] * (max(map(len, packed)) - len(rows))
+    """Documents of these lengths → rows of document indices for this rank. All ranks get as many rows; the
+    last may be empty."""
+    rows = pack(lengths, max_tokens)
+    mine = rows[rank()::world()]
+    return mine + [[]] * (-(-len(rows) // world()) - len(mine))
 
 
 def row_length(n, max_tokens):
@@ -1714,36 +1682,29 @@ def make_rows(policy, lengths, document, c):
 
 # ---- saving and resuming ---------------------------------------------------------------------------------
 
-
 def write_lines(c, name, lines):
     """Append lines to OUT/name, one JSON object each; a number that is not finite is null."""
-    if rank() == 0:
-        with in_one_line(f"cannot write {os.path.join(c.out, name)}", f"; {last_state(c)}"):
-            with open(os.path.join(c.out, name), "a", encoding="utf-8") as file:
-                for line in lines:
-                    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x
-                              for key, x in line.items()}
-                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+    with in_one_line(f"cannot write {os.path.join(c.out, name)}", c):
+        with open(os.path.join(c.out, name), "a", encoding="utf-8") if rank() == 0 else nullcontext() as file:
+            for line in lines if file else []:
+                finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+                          for key, x in line.items()}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def files_of(c):
+def lines_of(c):
     """The files in OUT that a stage appends to."""
-    return ["eval.jsonl"] if c.stage == "eval" else [f"{c.stage}.metrics.jsonl", f"{c.stage}.eval.jsonl"]
-
-
-def state_folder(c):
-    return os.path.join(c.out, c.stage + ".state")
+    return list(Path(c.out).glob(c.stage + ".*jsonl"))
 
 
 def saved_states(c):
-    """Steps of the whole states in OUT/STAGE.state, in order."""
-    names = os.listdir(state_folder(c)) if os.path.isdir(state_folder(c)) else []
-    return sorted(int(name) for name in names if name.isdigit())
+    """Steps of the whole states OUT/STAGE.state/N, in order."""
+    return sorted(int(x.name) for x in Path(c.out, c.stage + ".state").glob("*") if x.name.isdigit())
 
 
 def last_state(c):
-    steps = saved_states(c)
-    return f"the last saved state is {state_folder(c)}/{steps[-1]}" if steps else "no state was saved before"
+    last = f"the last saved state is {c.out}/{c.stage}.state/"
+    return last + str(saved_states(c)[-1]) if saved_states(c) else "no state was saved before"
 
 
 def save(policy, optimizer, c, progress):
@@ -1751,19 +1712,18 @@ def save(policy, optimizer, c, progress):
     renamed; the last two states stay."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    folder = os.path.join(state_folder(c), str(progress["step"]))
-    with in_one_line(f"cannot save in {c.out}", f"; {last_state(c)}"):
+    folder = f"{c.out}/{c.stage}.state/{progress['step']}"
+    with in_one_line(f"cannot save in {c.out}", c):
         save_policy(policy, os.path.join(c.out, c.stage))
         model, moments = get_state_dict(policy.model, optimizer)
         with written_aside(folder) if rank() == 0 else nullcontext():
             barrier()                                                  # the folder is there
             dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder + ".tmp")
             if rank() == 0:
-                paths = {name: os.path.join(c.out, name) for name in files_of(c)}
-                lengths = {name: os.path.getsize(x) if os.path.exists(x) else 0 for name, x in paths.items()}
+                lengths = {path.name: path.stat().st_size for path in lines_of(c)}
                 write_json(os.path.join(folder + ".tmp", "progress.json"), progress | {"bytes": lengths})
         for old in saved_states(c)[:-2] if rank() == 0 else []:
-            shutil.rmtree(os.path.join(state_folder(c), str(old)))
+            shutil.rmtree(f"{c.out}/{c.stage}.state/{old}")
         barrier()
 
 
@@ -1772,21 +1732,18 @@ def resume(policy, optimizer, c):
     is cut; without a state they are emptied."""
     progress = {"step": 0, "position": 0, "rewards": [], "accuracy": [], "not_finite": 0, "skipped": 0,
                 "bytes": {}}
-    steps = saved_states(c) if c.resume else []
-    if steps:
+    if c.resume and saved_states(c):
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        folder = os.path.join(state_folder(c), str(steps[-1]))
+        folder = f"{c.out}/{c.stage}.state/{saved_states(c)[-1]}"
         with in_one_line(f"--resume: {folder}"):
             model, moments = get_state_dict(policy.model, optimizer)
             dcp.load({"model": model, "optimizer": moments}, checkpoint_id=folder)
             set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
             progress |= read_json(os.path.join(folder, "progress.json"))
         say(f"{c.stage}: resuming after step {progress['step']}")
-    for name in files_of(c) if rank() == 0 else []:
-        path = os.path.join(c.out, name)
-        if os.path.exists(path):
-            os.truncate(path, progress["bytes"].get(name, 0))
+    for path in lines_of(c) if rank() == 0 else []:
+        os.truncate(path, progress["bytes"].get(path.name, 0))
     return progress
 
 
@@ -1804,52 +1761,35 @@ def alone_in(out):
         yield
 
 
-def run_file(c):
-    return os.path.join(c.out, c.stage + ".run.json")
-
-
-def refuse_begun(c):
-    """A stage that OUT has begun already is refused, unless --resume continues it."""
-    if os.path.exists(run_file(c)) and not c.resume:
-        step = max(saved_states(c), default=0)
-        fail(f"--out {c.out}: it holds {c.stage} up to step {step}: --resume continues it, another --out "
-             "starts anew")
-
-
 def begin(c):
-    """The stage is begun: OUT/STAGE.run.json keeps its flags and versions. Says which flags were others."""
+    """Refuse a stage of which OUT holds lines or states, unless --resume continues it. OUT/STAGE.run.json
+    keeps its flags and versions; says which flags were others."""
     from importlib.metadata import version
+    path, last = os.path.join(c.out, c.stage + ".run.json"), max(saved_states(c), default=0)
+    if not c.resume and (last or any(lines.stat().st_size for lines in lines_of(c))):
+        fail(f"--out {c.out}: it holds {c.stage} up to step {last}: --resume continues it, another --out "
+             "starts anew")
     flags = {name: value for name, value in asdict(c).items() if name not in ("resume", "out")}
-    if os.path.exists(run_file(c)):
-        before = read_json(run_file(c))["flags"]
+    if c.resume and os.path.exists(path):
+        before = read_json(path)["flags"]
         changed = [f"{x} {before.get(x)} -> {flags[x]}" for x in flags if before.get(x) != flags[x]]
         say(f"{c.stage}: resumed" + f" with other flags: {', '.join(changed)}" * bool(changed))
     installed = [name for name in ("torch", "transformers", "lmdeploy") if importlib.util.find_spec(name)]
-    versions = {name: version(name) for name in installed}
-    write_json(run_file(c) + ".tmp", {"flags": flags, "versions": versions})
-    os.replace(run_file(c) + ".tmp", run_file(c))
+    write_json(path + ".tmp", {"flags": flags, "versions": {name: version(name) for name in installed}})
+    os.replace(path + ".tmp", path)
 
 
 # ---- main ------------------------------------------------------------------------------------------------
 
-
 def run_stage(c, folder, records, reward=None, eval_records=None):
     """One stage on the checkpoint in folder; sft and rl leave theirs in OUT/sft and OUT/rl."""
-    writes = c.stage != "show" and rank() == 0
-    if writes:
-        refuse_begun(c)
+    if c.stage != "show" and rank() == 0:
+        begin(c)
     policy = load_policy(folder, c)
     if c.stage == "sft":
-        examples = usable(policy, c, c.data, [policy.example(chat) for chat in records])
-    elif c.stage == "rl":
-        problems, held_out = split_problems(policy, c, records, eval_records)
-    else:
-        problems = encode_problems(policy, c, "--prompt" if c.prompt is not None else c.data, records)
-    if writes:
-        begin(c)
-    if c.stage == "sft":
-        train_sft(policy, c, examples)
+        train_sft(policy, c, usable(policy, c, c.data, [policy.example(chat) for chat in records]))
         return say(f"sft: {c.steps} steps; checkpoint: {os.path.join(c.out, 'sft')}")
+    problems, held_out = split_problems(policy, c, records, eval_records)
     reference = load_policy(folder, c) if c.stage == "rl" and c.beta else None
     with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
         if c.stage == "show":
@@ -1866,13 +1806,6 @@ def run_stage(c, folder, records, reward=None, eval_records=None):
             first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
             say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
                 f"{os.path.join(c.out, 'rl')}")
-
-
-def choose_out(c):
-    """--out, or a new folder under runs/."""
-    name = "eval" if c.stage == "eval" else os.path.basename(c.model.rstrip("/"))
-    fresh = (f"runs/{name}-{n}" for n in itertools.count())
-    return c.out or next(out for out in fresh if not os.path.exists(out))
 
 
 def read_data(c):
@@ -1892,7 +1825,7 @@ def tiny_start(c, given):
     """The checkpoint that the tiny model's stage begins with: built in OUT/init, for RL trained by SFT."""
     start = os.path.join(c.out, "init")
     if rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
-        build_tiny(start, c.block_size, c.seed)
+        build_tiny(start, c.block_size or 4, c.seed)
     barrier()                                                          # it is there for all ranks
     if c.stage == "sft":
         return start
@@ -1913,7 +1846,10 @@ def main(argv=None):
     if c.model != "tiny":
         read_config(c.model, c)                                        # refuses before anything is written
     start_ranks()
-    c.out, *_ = gather([choose_out(c)])                                # one folder for all ranks
+    name = "eval" if c.stage == "eval" else os.path.basename(c.model.rstrip("/"))
+    fresh = (f"runs/{name}-{n}" for n in itertools.count())
+    c.out = c.out or next(out for out in fresh if not os.path.exists(out))
+    c.out, *_ = gather([c.out])                                        # one folder for all ranks
     with alone_in(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
         barrier()
         run_stage(c, tiny_start(c, given) if c.model == "tiny" else c.model, records, reward, eval_records)

@@ -2006,7 +2006,7 @@ def test_a_broken_checkpoint_is_one_line_and_exit_code_2(policies, tmp_path, cap
         dirl.main(["--stage", "sft", "--model", folder, "--steps", "1", "--batch", "1", "--out", out])
     captured = capfd.readouterr()
     assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and culprit in captured.err, captured
-    assert captured.err.startswith(f"dirl.py: error: --model {folder}: ") and os.listdir(out) == [".lock"]
+    assert captured.err.startswith(f"dirl.py: error: --model {folder}: ") and sorted(os.listdir(out)) == [".lock", "sft.run.json"]
 
 
 def test_what_cannot_be_asked_or_written_is_one_line(policies, tmp_path, capsys):
