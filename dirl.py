@@ -66,8 +66,8 @@ def mask_mod(doc, copy, block):
 
 
 def block_mask(sees, N, device, tile=128):
-    """The mask_mod of one row as a BlockMask; N is a multiple of `tile`. Made for `tile` queries at a time
-    against all keys, so that its memory is tile · N and never N · N."""
+    """Fig. 4b's mask of one row of N tokens as a BlockMask; N is a multiple of `tile`. Made for `tile` queries
+    at a time against all keys, so that its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
@@ -94,7 +94,7 @@ def layout(clean, blocks, views, B):
 
 
 def join(documents, length=None):
-    """Documents → one row of `length` tokens (None: as many as there are); padding is one more document.
+    """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); padding is one more.
 
     Adds doc: [N]; makes view numbers unique and `reads`, where a loss reads, indices into the row; all else,
     one value a token or one a read, is concatenated as it is."""
@@ -736,9 +736,8 @@ def optimizer_step(policy, optimizer, c, step, progress):
         group["lr"] = learning_rate(c, step)
     if math.isfinite(norm):
         optimizer.step()
-        progress["not_finite"] = 0
-    else:
-        progress["not_finite"], progress["skipped"] = progress["not_finite"] + 1, progress["skipped"] + 1
+    progress["not_finite"] = 0 if math.isfinite(norm) else progress["not_finite"] + 1
+    progress["skipped"] += not math.isfinite(norm)
     optimizer.zero_grad()
     if progress["not_finite"] == 3:
         fail(f"step {step}: the third gradient in a row that is not finite; {last_state(c)}")
@@ -1171,7 +1170,9 @@ def configure(given, stage):
         "--eval-data: it is for --stage rl with --data": c.eval_data and not (stage == "rl" and c.data),
         f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl":
             stage in ("eval", "show") and c.model == "tiny",
-        "--resume: say which run with --out": c.resume and not c.out}
+        "--resume: say which run with --out": c.resume and not c.out,
+        f"--tokens-per-step {c.tokens_per_step}: must divide the block size":
+            c.model == "tiny" and (c.block_size or 4) % c.tokens_per_step}
     for message, is_wrong in wrong.items():
         if is_wrong:
             fail(message)
@@ -1853,6 +1854,9 @@ def main(argv=None):
     with alone_in(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
         barrier()
         run_stage(c, tiny_start(c, given) if c.model == "tiny" else c.model, records, reward, eval_records)
+    if world() > 1:                      # Python's own end can abort gloo's threads, and with them torchrun
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

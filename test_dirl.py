@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -32,7 +33,8 @@ import torch
 import dirl
 
 HERE = os.path.dirname(os.path.abspath(dirl.__file__))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", os.path.join(HERE, "dirl.py")]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",
+                           "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])}
 
 
 # ---- helpers: a tiny policy, and a slow reference for everything the fast path does --------------------------
@@ -59,13 +61,53 @@ def policies(tmp_path_factory):
     return policy
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The folder of the default run of seed 0, under torchrun as in the README; its log is OUT.log."""
-    out = str(tmp_path_factory.mktemp("default") / "run")
+OWN_PROCESSES = {}               # tests that only wait for processes of their own: {name: runs one, see `second_core`}
+
+
+def alone(test):
+    OWN_PROCESSES[test.__name__] = lambda item, fixtures: test(**fixtures)
+    return test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def second_core(request, policies, tmp_path_factory):
+    """From the start of the session on, beside the other tests, a thread makes the default run and then, one after the
+    other, the tests that are `alone`; in their turn these only say what came of it. Returns the default run, a future."""
+    items = request.session.items
+    with ThreadPoolExecutor(1) as thread:
+        default = thread.submit(default_run, str(tmp_path_factory.mktemp("default") / "run")) \
+            if any("trained" in item.fixturenames for item in items) else None
+
+        def begin(item):
+            known = vars(getattr(item, "callspec", SimpleNamespace(params={})))["params"] | {
+                "tmp_path": tmp_path_factory.mktemp("alone"), "policies": policies}
+            names = inspect.signature(item.function).parameters
+
+            def run():
+                if "trained" in names:
+                    known["trained"] = default.result()
+                OWN_PROCESSES[item.originalname](item, {name: known[name] for name in names if name in known})
+            future = thread.submit(run)
+            item.obj = lambda **fixtures: future.result()
+        for item in items:
+            if getattr(item, "originalname", None) in OWN_PROCESSES:
+                policies(4)                                          # made here: it draws from torch's own generator
+                begin(item)
+        yield default
+        thread.shutdown(cancel_futures=True)
+
+
+def default_run(out):
+    """`torchrun dirl.py --stage rl`, as in the README, of seed 0. Returns its folder, OUT; its log is OUT.log."""
+    command = [sys.executable, "-m", "torch.distributed.run", os.path.join(HERE, "dirl.py"), "--stage", "rl", "--out", out]
     with open(out + ".log", "w", encoding="utf-8") as log:
-        subprocess.run([*TORCHRUN, "--stage", "rl", "--seed", "0", "--out", out], stdout=log, stderr=log, check=True, timeout=900)
+        subprocess.run(command, stdout=log, stderr=log, check=True, timeout=900, env=ONE_THREAD)
     return out
+
+
+@pytest.fixture(scope="session")
+def trained(second_core):
+    return second_core.result()
 
 
 def metrics(out, stage):
@@ -1276,16 +1318,14 @@ def test_lmdeploy_gets_its_memory_and_one_without_the_patch_point_is_an_error(po
 def in_triton_interpreter(test):
     """The test, in a pytest of its own: triton looks at TRITON_INTERPRET when it is imported. There LMDeploy compiles nothing:
     its thread does not see torch._dynamo.config.disable."""
-    @functools.wraps(test)
-    def run(**fixtures):
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return test(**fixtures)
-        name = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].removesuffix(" (call)")
-        more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                "TORCHDYNAMO_DISABLE": "1" if "lmdeploy" in name else "0"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"{__file__}::{name}"]
-        subprocess.run(command, env=os.environ | more, check=True, timeout=300)
-    return run
+    def run(item, fixtures):
+        more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": str(int("lmdeploy" in item.name))}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"{__file__}::{item.name}"]
+        done = subprocess.run(command, env=ONE_THREAD | more, timeout=300, stdout=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stdout
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        OWN_PROCESSES[test.__name__] = run
+    return test
 
 
 def fast_interpreter(capability):
@@ -1938,15 +1978,17 @@ for i, argv in enumerate(json.load(open(sys.argv[1]))):             # one import
 """
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tmp_path_factory):
+@alone
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     """Each in a process of its own, some with `python dirl.py` from the start; nothing is written or lost."""
-    cases, logs = bad_inputs(tmp_path), tmp_path_factory.mktemp("logs")
+    logs, tmp_path = tmp_path / "logs", tmp_path / "work"
+    os.makedirs(logs)
+    cases = bad_inputs(tmp_path)
     before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     argvs = [argv + ([] if "--out" in argv or "--resume" in argv else ["--out", str(tmp_path / "never")]) for argv, _ in cases]
     (logs / "argv").write_text(json.dumps(argvs))
     codes = subprocess.run([sys.executable, "-c", FORK, str(logs / "argv")], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-                           check=True,
-                           env=os.environ | {"PYTHONPATH": HERE}).stdout.split()
+                           check=True, env=ONE_THREAD).stdout.split()
     results = [(int(code), *((logs / f"argv.{i}.{fd}").read_text() for fd in (1, 2))) for i, code in enumerate(codes)]
     assert len(results) == len(cases) >= 40
 
@@ -2414,10 +2456,6 @@ def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
 # ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])}
-
-
 def torchrun(n, *argv, script=dirl.__file__):
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
     return [sys.executable, *many, str(script), *map(str, argv)]
@@ -2488,19 +2526,20 @@ def rank_worker(folder, file, local):
         save_file({name: tensor.detach().clone() for name, tensor in found.items()}, file)
 
 
+@alone
 def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
     from safetensors.torch import load_file
-    results = {}
+    results, file_weights = {}, load_file(os.path.join(policies(4).folder, "model.safetensors"))
     worker = script(tmp_path / "worker.py",
                     f"import sys\nfrom {Path(__file__).stem} import dirl, rank_worker\nrank_worker(*sys.argv[1:])\ndirl.barrier()\n"
-                    "if dirl.world() > 1:\n    dirl.dist.destroy_process_group()\n")
+                    "dirl.os._exit(0)\n")                            # as main does
     for n, local in ((1, ""), (2, ""), (3, ""), (4, "2")):          # 43, 43 and 42 of 128 rows on 3 ranks; 2 nodes of 2 ranks
         file = str(tmp_path / f"{n}.safetensors")
         subprocess.run(torchrun(n, policies(4).folder, file, local, script=worker), check=True, timeout=300, env=ONE_THREAD)
         results[n] = load_file(file)
     one = results.pop(1)
-    loaded = dirl.load_policy(policies(4).folder, flags())
-    assert all(torch.equal(one["weight " + name], p) for name, p in loaded.model.named_parameters())
+    assert {name for name in one if name.startswith("weight ")} == {"weight " + name for name in file_weights}
+    assert all(torch.equal(one["weight " + name], weight) for name, weight in file_weights.items())
     for n, found in results.items():
         assert found.keys() == one.keys()
         assert all(torch.equal(found[x], one[x]) for x in one if x.startswith("weight "))
@@ -2625,6 +2664,7 @@ def same_run(a, b):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
+@alone
 def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tmp_path, ranks):
     """Killed before the first save, in a save, between saves, right after one; each time resumed."""
     whole, out, log = (str(tmp_path / name) for name in ("whole", "killed", "log"))
@@ -2659,6 +2699,7 @@ def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tm
     assert dirl.read_json(os.path.join(out, "rl.run.json"))["flags"]["steps"] == 8
 
 
+@alone
 def test_two_runs_do_not_share_an_out(trained, tmp_path):
     """Not while a process of the first lives, as a rank may do after kill -9 of its torchrun."""
     out, log, run = str(tmp_path / "run"), str(tmp_path / "log"), short_script(tmp_path)
@@ -2684,6 +2725,7 @@ def test_two_runs_do_not_share_an_out(trained, tmp_path):
     assert code == 0 and f"steps 1000 -> {max(2, steps)}" in said, err
 
 
+@alone
 def test_a_rank_that_raises_ends_all_with_its_message(trained, tmp_path):
     (tmp_path / "broken.py").write_text("import os\ndef reward(answer, truth):\n    if os.environ['RANK'] == '1':\n"
                                         "        raise ValueError('the reward of rank one broke')\n    return 0\n")
@@ -2715,6 +2757,7 @@ def test_a_reward_that_is_not_finite_is_an_end(trained, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("limit, where", [(2 * 10**5, "the checkpoint"), (3 * 10**6, "the state")])
+@alone
 def test_a_full_disk_is_one_line_and_leaves_the_states_before(trained, tmp_path, limit, where):
     """Files may not grow beyond a limit from the second save on; then the run is resumed, as if nothing had happened."""
     full = ("import resource\nsave = dirl.save\n\n\ndef limited(policy, optimizer, c, progress):\n    if progress['step'] == 4:\n"
@@ -2804,8 +2847,7 @@ def test_a_gap_above_the_limit_or_not_a_number_is_an_end(trained, tmp_path, monk
 def measured(option):
     """What .github/measure.py prints in its smallest form."""
     command = [sys.executable, os.path.join(HERE, ".github", "measure.py"), option, "--small"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True, timeout=300).stdout
+    return subprocess.run(command, env=ONE_THREAD, stdout=subprocess.PIPE, check=True, text=True, timeout=300).stdout
 
 
 def github_module(name):
@@ -2815,6 +2857,7 @@ def github_module(name):
     return module
 
 
+@alone
 def test_measure_bench_compares_the_layouts(tmp_path):
     (tmp_path / "bench.txt").write_text(measured("--bench"), encoding="utf-8")
     scale, rows = github_module("pictures").bench_lines(tmp_path / "bench.txt")
@@ -2827,6 +2870,7 @@ def test_measure_bench_compares_the_layouts(tmp_path):
     assert all(float(x) < 1e-4 for pair in differences for x in pair)
 
 
+@alone
 def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
     rows = measured("--rollouts").splitlines()
     for n in (4, 8):
@@ -2839,6 +2883,7 @@ def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
     assert rows[-1].startswith("GPU memory in use: before the engine")
 
 
+@alone
 def test_measure_one_step_finds_no_error_at_the_first_step_only():
     text = measured("--one-step")
     assert re.findall(r"^seed 0, --unmask (\w+)", text, re.M) == ["dynamic", "static"]
@@ -2848,6 +2893,7 @@ def test_measure_one_step_finds_no_error_at_the_first_step_only():
     assert len(gaps) == 4 and max(gaps[::2]) < 1e-4 and min(gaps[1::2]) > 1e-3               # exact, one-step, twice
 
 
+@alone
 def test_measure_gpu_runs_every_part_and_one_that_fails_costs_no_other():
     text = measured("--gpu")
     parts = re.findall(r"^==== (\w+): done after", text, re.M)
