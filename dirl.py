@@ -1374,7 +1374,7 @@ def read_config(folder, c):
         config = dict(read_json(os.path.join(folder, "config.json")))
         kind = config.get("model_type")
         if kind not in ("sdar", "a2d-qwen3", "qwen3") or any("expert" in name for name in config):
-            raise ValueError(f"model_type {kind!r}; dense Qwen3 only: 'sdar', 'a2d-qwen3' or 'qwen3'")
+            raise ValueError(f"model_type {kind!r}; only dense Qwen3: 'sdar', 'a2d-qwen3', 'qwen3'")
         layers = set(config.pop("layer_types", None) or [])
         if layers - {"full_attention"} or config.get("use_sliding_window"):
             raise ValueError("sliding windows are not supported")
@@ -1396,7 +1396,7 @@ def read_config(folder, c):
                 if name == "mask_token_id" and value is None:
                     config.pop(name, None)
                 else:
-                    raise ValueError(f"{name} is {value!r}; a number below vocab_size is needed")
+                    raise ValueError(f"{name} {value!r}: a number below vocab_size is needed")
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} does not divide the heads")
         qwen3_config(config)                                           # transformers checks the other fields

@@ -1945,7 +1945,7 @@ def bad_inputs(tmp_path):
         (["--model", model("typeless", model_type=None)], "model_type None"),
         (["--model", os.path.dirname(write("json/config.json", "[1, 2]"))], "config.json"),
         (["--model", model("mask", mask_token_id=262)], "mask_token_id 262"),
-        (["--model", model("none", head_dim=None)], "head_dim"),
+        (["--model", model("none", num_attention_heads=None)], "num_attention_heads"),
         (["--model", model("text", hidden_size="wide")], "hidden_size"),
         (["--model", model("block"), "--block-size", "8"], "--block-size 8"),
         (["--model", model("type", torch_dtype="float17")], "float17"), (["--model", model("kind", torch_dtype="nn")], "'nn'"),
