@@ -39,7 +39,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",
 
 # ---- helpers: a tiny policy, and a slow reference for everything the fast path does --------------------------
 
-
 def flags(*argv, stage="rl"):
     return dirl.configure(dirl.parse_flags([str(x) for x in argv]), stage)
 
@@ -116,28 +115,19 @@ def metrics(out, stage):
         return [line for line in map(json.loads, file) if stage != "rl" or "reward" in line]
 
 
-@contextlib.contextmanager
-def attention_of_transformers(model, name):
-    model.config._attn_implementation = name
-    try:
-        yield model
-    finally:
-        model.config._attn_implementation = "dirl"
-
-
-def slow_logits(policy, tokens):
-    """Block-causal forward of one sequence, no packing, no cache, transformers' own eager attention: [len, vocab]."""
-    block = torch.arange(len(tokens)) // policy.B
-    mask = torch.zeros(len(tokens), len(tokens)).masked_fill(block[None, :] > block[:, None], -1e30)
-    with attention_of_transformers(policy.model, "eager") as model:
-        return model(input_ids=tokens[None], attention_mask=mask[None, None], use_cache=False).logits[0]
+def slow_logits(policy, tokens, attention="eager", **mask):
+    """Block-causal forward of one sequence, no packing, no cache, attention of transformers' own: [len, vocab]."""
+    if attention == "eager":
+        block = torch.arange(len(tokens)) // policy.B
+        mask["attention_mask"] = -1e30 * (block > block[:, None])[None, None].float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.model.config, "_attn_implementation", attention)
+        return policy.model(input_ids=tokens[None], use_cache=False, **mask).logits[0]
 
 
 def slow_log_policy(policy, logits, temperature=1.0):
-    keep = [i for i in range(logits.shape[-1]) if i != policy.mask_id]
-    out = torch.full_like(logits, -torch.inf)
-    out[..., keep] = torch.log_softmax(logits[..., keep] / temperature, -1)
-    return out
+    keep = torch.tensor([i for i in range(logits.shape[-1]) if i != policy.mask_id])
+    return torch.full_like(logits, -torch.inf).index_copy(-1, keep, torch.log_softmax(logits[..., keep] / temperature, -1))
 
 
 def slow_states(policy, t):
@@ -154,19 +144,14 @@ def slow_states(policy, t):
 
 
 @torch.no_grad()
-def slow_scores(policy, t, temperature=1.0):
-    """log π of every output token, one forward for every decoding step: [L]."""
-    tokens, scores = torch.cat([t.prompt, t.output]), {}
-    for _, _, seen, committed in slow_states(policy, t):
-        log_pi = slow_log_policy(policy, slow_logits(policy, seen), temperature)
-        scores |= {p: log_pi[p, tokens[p]] for p in committed}
-    return torch.stack([scores[p] for p in sorted(scores)])
-
-
 def assert_replay(policy, trajectories, temperature=1.0):
-    """Their log-probabilities are those of the slow scores."""
+    """Their log-probabilities are those of one forward for every decoding step."""
     for t in trajectories:
-        assert (t.logp - slow_scores(policy, t, temperature)).abs().max() < 1e-4
+        tokens, scores = torch.cat([t.prompt, t.output]), {}
+        for _, _, seen, committed in slow_states(policy, t):
+            log_pi = slow_log_policy(policy, slow_logits(policy, seen), temperature)
+            scores |= {p: log_pi[p, tokens[p]] for p in committed}
+        assert (t.logp - torch.stack([scores[p] for p in sorted(scores)])).abs().max() < 1e-4
 
 
 def prompts_of_every_remainder(policy, n=None):
@@ -189,8 +174,7 @@ def dense(row, B):
 def gradient(model, value):
     """Of all parameters, in one vector."""
     parameters = list(model.parameters())
-    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads)])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)])
 
 
 def relative(a, b):
@@ -208,37 +192,28 @@ def documents_of(policy, trajectories):
 
 # ---- Eq. 1-2, Fig. 4b: mask and layout ------------------------------------------------------------------------
 
-
 def test_mask_is_the_picture_of_fig_4b():
-    """B = 2; a prompt block 0 and two output blocks, each with one noisy view; rows see columns marked x."""
+    """B = 2; a prompt block 0 and two output blocks, each with one noisy view; blocks see columns marked x."""
     picture = """
-        clean0 clean0 clean1 clean1 clean2 clean2 noisy1 noisy1 noisy2 noisy2
-        x x . . . . . . . .
-        x x . . . . . . . .
-        x x x x . . . . . .
-        x x x x . . . . . .
-        x x x x x x . . . .
-        x x x x x x . . . .
-        x x . . . . x x . .
-        x x . . . . x x . .
-        x x x x . . . . x x
-        x x x x . . . . x x"""
-    expected = torch.tensor([[c == "x" for c in line.split()] for line in picture.strip().splitlines()[1:]])
-    d = dirl.layout(torch.arange(6), torch.tensor([1, 2]), torch.full((2, 2), 9), 2)
-    assert d["ids"].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9]
-    assert d["pos"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
-    row = dirl.join([d | {"reads": torch.tensor([6])}, d | {"reads": torch.tensor([6])}], length=24)
-    assert row["reads"].tolist() == [6, 16] and row["copy"].max() == 4
+        clean0 clean1 clean2 noisy1 noisy2
+        x . . . .
+        x x . . .
+        x x x . .
+        x . . x .
+        x x . . x"""
+    blocks = torch.tensor([[c == "x" for c in line.split()] for line in picture.strip().splitlines()[1:]])
+    expected = blocks.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    d = dirl.layout(torch.arange(6), torch.tensor([1, 2]), torch.full((2, 2), 9), 2) | {"reads": torch.tensor([6])}
+    assert d["ids"].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9] and d["pos"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    row = dirl.join([d, d], length=24)
+    assert row["reads"].tolist() == [6, 16] and row["copy"].max() == 4 and len(row["ids"]) == 24
     mask = dense(row, 2)
-    assert torch.equal(mask[:10, :10], expected) and torch.equal(mask[10:20, 10:20], expected)
-    assert not mask[:10, 10:].any() and not mask[10:20, :10].any() and not mask[10:20, 20:].any()
-    assert not mask[20:, :20].any() and mask.any(1).all()          # padding sees padding only, and something
+    assert torch.equal(mask[:20, :20], torch.block_diag(expected, expected))
+    assert not mask[:20, 20:].any() and not mask[20:, :20].any() and mask.any(1).all()     # padding sees padding, and some
 
     # two views of one block do not see each other
     d = dirl.layout(torch.arange(4), torch.tensor([1, 1]), torch.full((2, 2), 9), 2) | {"reads": torch.tensor([4])}
-    mask = dense(dirl.join([d]), 2)
-    assert mask[4:6].int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]] * 2
-    assert mask[6:8].int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
+    assert dense(dirl.join([d]), 2)[4:].int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]] * 2 + [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
 
 
 def random_trajectory(g, P, L, B):
@@ -246,10 +221,19 @@ def random_trajectory(g, P, L, B):
     prompt, output = torch.randint(0, 200, (P,), generator=g), torch.randint(0, 200, (L,), generator=g)
     steps = torch.zeros(L, dtype=torch.long)
     for k in range(P // B, (P + L) // B):
-        positions = [p - P for p in range(k * B, (k + 1) * B) if p >= P]
-        drawn = torch.randint(0, B, (len(positions),), generator=g)
-        steps[positions] = drawn.unique(return_inverse=True)[1] + 1                      # no step commits nothing
+        block = steps[max(0, k * B - P):(k + 1) * B - P]
+        block[:] = torch.randint(0, B, block.shape, generator=g).unique(return_inverse=True)[1] + 1      # no step commits nothing
     return prompt, output, steps
+
+
+def slow_noise(tokens, P, u, z, B, mask_id):
+    """Eq. 3's forward process: of every block from P // B on its t, and the sequence up to this block as the model sees it."""
+    for i, k in enumerate(range(P // B, len(tokens) // B)):
+        t, seen = 1e-3 + (1 - 1e-3) * float(u[i]), tokens[:(k + 1) * B].clone()          # b_t^k after the clean b^{<k}
+        for j in range(B):
+            if k * B + j >= P and z[i, j] < t:
+                seen[k * B + j] = mask_id
+        yield t, seen
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
@@ -262,61 +246,53 @@ def test_every_token_sees_its_sequence_exactly_as_it_stood(B):
         for d in range(4):
             P, blocks = int(torch.randint(1, 3 * B + 1, (), generator=g)), int(torch.randint(1, 5, (), generator=g))
             prompt, output, steps = random_trajectory(g, P, (P // B + blocks) * B - P, B)
-            prompt, output = prompt + 1000 * d, output + 1000 * d
-            tokens = torch.cat([prompt, output])
-            moments += [tokens[:(p // B + 1) * B].tolist() for p in range(len(tokens))]
+            tokens = torch.cat([prompt, output]) + 1000 * d
+            moments += [tokens[:(p // B + 1) * B] for p in range(len(tokens))]
             if d % 2:                                               # a trajectory
-                t = SimpleNamespace(prompt=prompt, output=output, steps=steps)
-                states = [seen.tolist() for _, _, seen, _ in slow_states(SimpleNamespace(B=B, mask_id=mask_id), t)]
-                documents.append(dirl.trajectory_document(prompt, output, steps, B, mask_id))
+                t = SimpleNamespace(prompt=tokens[:P], output=tokens[P:], steps=steps)
+                states = [seen for _, _, seen, _ in slow_states(SimpleNamespace(B=B, mask_id=mask_id), t)]
+                documents.append(dirl.trajectory_document(t.prompt, t.output, steps, B, mask_id))
             else:                                                   # an SFT example
-                u, z = torch.rand(blocks, generator=g), torch.rand(blocks, B, generator=g)
-                documents.append(dirl.noised_document(tokens, P, u, z, B, mask_id))
-                noisy = [[mask_id if p >= P and z[p // B - P // B, p % B] < 1e-3 + 0.999 * u[p // B - P // B] else
-                          int(tokens[p]) for p in range(k * B, (k + 1) * B)] for k in range(P // B, len(tokens) // B)]
-                states = [tokens[:(P // B + i) * B].tolist() + block for i, block in enumerate(noisy) if mask_id in block]
-            moments += [state for state in states for _ in range(B)]
+                noise = torch.rand(blocks, generator=g), torch.rand(blocks, B, generator=g)
+                states = [seen for _, seen in slow_noise(tokens, P, *noise, B, mask_id) if mask_id in seen]
+                documents.append(dirl.noised_document(tokens, P, *noise, B, mask_id))
+            moments += [seen for seen in states for _ in range(B)]
         row = dirl.join(documents, length=len(moments) + 7)
         mask = dense(row, B)
         for q, expected in enumerate(moments):
-            seen = mask[q].nonzero()[:, 0]
-            seen = seen[row["pos"][seen].argsort(stable=True)]
-            assert row["pos"][seen].tolist() == list(range(len(expected))) and row["ids"][seen].tolist() == expected
+            pos, order = row["pos"][mask[q]].sort(stable=True)
+            assert pos.tolist() == list(range(len(expected))) and torch.equal(row["ids"][mask[q]][order], expected)
         assert not mask[len(moments):, :len(moments)].any() and mask.any(1).all()
 
 
 def test_block_mask_is_the_mask_and_attention_agrees_under_it():
     from torch.nn.attention.flex_attention import flex_attention
-    g = torch.Generator().manual_seed(0)
+    g, N = torch.Generator().manual_seed(0), 2304
     first = torch.arange(124), torch.arange(132), torch.ones(132, dtype=torch.long)        # has a tile that lacks 16 pairs
     trajectories = [first] + [random_trajectory(g, P, L, 4) for P, L in ((300, 200), (5, 23), (130, 46), (9, 51))]
-    N = 2304
     row = dirl.join([dirl.trajectory_document(*t, 4, 999) for t in trajectories], length=N)
     sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // 4)
     mask, blocks = dense(row, 4), dirl.block_mask(sees, N, "cpu")
-    expanded, kinds = torch.zeros(N, N, dtype=torch.bool), {"none": 18 * 18, "partial": 0, "full": 0}
-    for kind, number, index in (("partial", blocks.kv_num_blocks, blocks.kv_indices),
-                                ("full", blocks.full_kv_num_blocks, blocks.full_kv_indices)):
-        for i in range(18):
-            for j in index[0, 0, i, :number[0, 0, i]].tolist():
-                q, kv = torch.arange(128)[:, None] + 128 * i, torch.arange(128) + 128 * j
-                assert not expanded[q, kv].any()                    # listed once
-                expanded[q, kv] = blocks.mask_mod(0, 0, q, kv) if kind == "partial" else True
-                kinds[kind], kinds["none"] = kinds[kind] + 1, kinds["none"] - 1
-                assert (kind == "full") == mask[q, kv].all()  # and no tile is masked needlessly, or for nothing
-                assert mask[q, kv].any()
+    assert torch.equal(blocks.mask_mod(0, 0, torch.arange(N)[:, None], torch.arange(N)), mask)
+    visible = mask.view(18, 128, 18, 128).sum((1, 3))               # pairs of a tile
+    partial, full = (visible > 0) & (visible < 128 * 128), visible == 128 * 128
+    for expected, number, index in ((partial, blocks.kv_num_blocks[0, 0], blocks.kv_indices[0, 0]),
+                                    (full, blocks.full_kv_num_blocks[0, 0], blocks.full_kv_indices[0, 0])):
+        listed = [[i, j] for i in range(18) for j in index[i, :number[i]].tolist()]
+        assert listed and sorted(listed) == expected.nonzero().tolist()      # each once, none masked needlessly or for nothing
+    assert (visible == 0).any() and (visible == 128 * 128 - 16).any()
     q, k, v = torch.randn(3, 1, 2, N, 8, generator=g)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
     assert (flex_attention(q, k, v, block_mask=blocks) - expected).abs().max() < 1e-4
-    visible = mask.view(18, 128, 18, 128).sum((1, 3))
-    assert torch.equal(expanded, mask) and all(kinds.values()) and (visible == 128 * 128 - 16).any()
-    doc, pos = (torch.tensor([0] * 127 + [1] * 2 + [2] * 127), torch.cat([torch.arange(n) for n in (127, 2, 127)]))
+    doc, pos = torch.tensor([0] * 127 + [1] * 2 + [2] * 127), torch.cat([torch.arange(n) for n in (127, 2, 127)])
     alone = dirl.block_mask(dirl.mask_mod(doc, torch.zeros_like(doc), pos), 256, "cpu")     # B = 1: a tile of one visible pair
     assert alone.kv_num_blocks[0, 0].tolist() == [1, 2] and alone.full_kv_num_blocks.sum() == 0
     small = dirl.block_mask(sees, N, "cpu", tile=64)
     assert small.BLOCK_SIZE == (64, 64) and small.to_dense().shape[-2:] == (36, 36)
     assert small.kv_indices.dtype == small.kv_num_blocks.dtype == torch.int32                  # the kernels want them so
-    assert dirl.block_mask(lambda b, h, q, kv: q >= kv, 256, "meta").kv_num_blocks.device.type == "meta"
+    strips = []                                                     # in memory: a tile of queries at a time, against all keys
+    meta = dirl.block_mask(lambda b, h, q, kv: (strips.append(q.shape), q >= kv)[1], 256, "meta")
+    assert meta.kv_num_blocks.device.type == "meta" and strips == [(128, 1)] * 2
 
 
 def test_pack_fills_rows_and_leaves_the_long_alone():
@@ -337,27 +313,30 @@ def test_lengths_of_rows_are_few_and_close():
 
 # ---- Eq. 2: log-probabilities ---------------------------------------------------------------------------------
 
-
-def test_log_probs_in_chunks_equal_the_whole_softmax():
+def test_log_probs_in_chunks_equal_the_whole_softmax(monkeypatch):
     torch.manual_seed(0)
+    log_policy, rows = dirl.log_policy, []
+    monkeypatch.setattr(dirl, "log_policy", lambda logits, *more: (rows.append(len(logits)), log_policy(logits, *more))[1])
     hidden, weight = torch.randn(37, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     target = torch.randint(0, 10, (37,))
     plain = torch.log_softmax((hidden @ weight.T)[:, :10] / 0.7, -1)                    # 10 is the mask token
     logp, entropy = dirl.log_probs(hidden, weight, target, 0.7, 10, chunk=5)
-    assert torch.allclose(logp, plain[range(37), target], atol=1e-6)
     assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-5) and not entropy.requires_grad
-    coefficient = torch.randn(37)
-    fast = torch.autograd.grad((coefficient * logp).sum(), (hidden, weight))
-    slow = torch.autograd.grad((coefficient * plain[range(37), target]).sum(), (hidden, weight))
+    plain, coefficient = plain[range(37), target], torch.randn(37)
+    assert torch.allclose(logp, plain, atol=1e-6)
+    fast, slow = (torch.autograd.grad((coefficient * x).sum(), (hidden, weight)) for x in (logp, plain))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fast, slow))
-    logits = torch.randn(3, 7).bfloat16()                           # at least float32, and float64 stays
+    assert sorted(rows) == [2] * 2 + [5] * 14                       # never more logits at a time; the backward makes them again
+    rows.clear()
+    torch.autograd.grad(dirl.log_probs(hidden, weight, target, 0.7, 10, chunk=37)[0].sum(), hidden)
+    assert rows == [37]                                             # but not those of a single chunk
+    logits = torch.randn(2, 3, 7).bfloat16()                        # at least float32, and float64 stays
     assert dirl.log_policy(logits, 1.0, 6).dtype == torch.float32
     assert dirl.log_policy(logits.double(), 1.0, 6).dtype == torch.float64
-    assert (dirl.log_policy(logits, 1.0, 6)[:, 6] == -torch.inf).all()
+    assert (dirl.log_policy(logits, 1.0, 6)[..., 6] == -torch.inf).all()
 
 
 # ---- Eq. 3: SFT -----------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("B", [1, 2, 4, 8])
 def test_sft_loss_equals_a_transcription_of_eq_3(policies, B):
@@ -365,19 +344,12 @@ def test_sft_loss_equals_a_transcription_of_eq_3(policies, B):
     for P in range(1, B + 2):                                      # prompts of every remainder
         tokens = torch.randint(0, 200, ((P + 2 * B) // B * B,), generator=g)
         K = len(tokens) // B - P // B
-        u, z = torch.rand(K, generator=g), torch.rand(K, B, generator=g)
-        documents.append(dirl.noised_document(tokens, P, u, z, B, policy.mask_id))
+        noise = torch.rand(K, generator=g), torch.rand(K, B, generator=g)
+        documents.append(dirl.noised_document(tokens, P, *noise, B, policy.mask_id))
         answer_tokens += len(tokens) - P
-        for k in range(P // B, len(tokens) // B):                  # Σ_k
-            t = 1e-3 + (1 - 1e-3) * float(u[k - P // B])
-            noisy = tokens[:(k + 1) * B].clone()                   # b_t^k after the clean b^{<k}
-            for j in range(B):
-                if k * B + j >= P and z[k - P // B, j] < t:
-                    noisy[k * B + j] = policy.mask_id
-            log_pi = slow_log_policy(policy, slow_logits(policy, noisy))
-            for p in range(k * B, (k + 1) * B):                    # Σ_j 1[MASK] CE
-                if noisy[p] == policy.mask_id:
-                    total = total - log_pi[p, tokens[p]] / t
+        for t, seen in slow_noise(tokens, P, *noise, B, policy.mask_id):                 # Σ_k
+            log_pi, masked = slow_log_policy(policy, slow_logits(policy, seen)), seen == policy.mask_id
+            total = total - log_pi[masked, tokens[:len(seen)][masked]].sum() / t         # Σ_j 1[MASK] CE
     rows = rows_of(policy, documents, 60)
     loss = sum(dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens) for row in rows)
     slow, fast = gradient(policy.model, total / answer_tokens), gradient(policy.model, loss)
@@ -389,56 +361,45 @@ def test_blocks_of_one_token_are_a_causal_model(policies):
     on x_<i and one [MASK]; the position predicts itself."""
     policy = policies(1)
     prompt, output, steps = random_trajectory(torch.Generator().manual_seed(3), 4, 9, 1)
-    tokens, P, S = torch.cat([prompt, output]), 4, 13
+    tokens, mask_token = torch.cat([prompt, output]), torch.tensor([policy.mask_id])
     row = dirl.join([dirl.trajectory_document(prompt, output, steps, 1, policy.mask_id)])
     with torch.no_grad():
         ours = policy.model.lm_head(policy.hidden(row["ids"][None], row["pos"][None], dense(row, 1)[None, None])[0])
         logp, _ = policy.score(row)
-        with attention_of_transformers(policy.model, "sdpa") as model:
-            causal = model(input_ids=tokens[None], use_cache=False).logits[0]
-            masked = [model(input_ids=torch.tensor([[*tokens[:i], policy.mask_id]]), use_cache=False).logits[0, -1]
-                      for i in range(P, S)]
-    assert (ours[:S] - causal).abs().max() < 1e-4 and (ours[S:] - torch.stack(masked)).abs().max() < 1e-4
-    expected = slow_log_policy(policy, torch.stack(masked)).gather(1, output[:, None])[:, 0]
-    assert len(ours) == S + 9 and (logp - expected).abs().max() < 1e-4
+        causal = slow_logits(policy, tokens, "sdpa")
+        masked = torch.stack([slow_logits(policy, torch.cat([tokens[:i], mask_token]), "sdpa")[-1] for i in range(4, 13)])
+    assert len(ours) == 13 + 9 and (ours - torch.cat([causal, masked])).abs().max() < 1e-4
+    assert (logp - slow_log_policy(policy, masked)[range(9), output]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("P", [3, 4])
 def test_sft_loss_averaged_over_t_and_all_masks_is_the_nelbo(P):
     """E over t and masks of Eq. 3, by enumeration of the masks and quadrature in t, is the mean over all orders of
-    -log Π_j p(x_σ(j) | x_σ(<j)): a mask of m of B tokens weighs ∫ t^m (1-t)^(B-m) / t dt = (m-1)! (B-m)! / B!."""
+    -log Π_j p(x_σ(j) | x_σ(<j)): a mask of m of B tokens weighs ∫ t^m (1-t)^(B-m) / t dt = 1/m of 1 / (B over m)."""
     import numpy
-    B, policy = 3, toy_policy()
-    tokens, answer, n = torch.tensor([0, 2, 1, 1, 0, 2]), list(range(P, 6)), 6 - P
+    policy, tokens, n = toy_policy(), torch.tensor([0, 2, 1, 1, 0, 2]), 6 - P
 
-    def cross_entropy(hidden_positions):
+    def cross_entropy(hidden):
         """Of each hidden token, given the prompt, and the rest of the block."""
-        seen = tokens.clone()
-        seen[hidden_positions] = 3
-        block = torch.arange(6) // B
-        hidden = policy.hidden(seen[None], torch.arange(6)[None], (block[None] <= block[:, None])[None, None])[0]
-        log_pi = dirl.log_policy(hidden @ policy.model.lm_head.weight.T, 1.0, 3)
-        return {p: -log_pi[p, tokens[p]] for p in hidden_positions}
-    orders = list(itertools.permutations(answer))
-    nelbo = sum(cross_entropy(list(order[i:]))[order[i]] for order in orders for i in range(n)) / len(orders)
-    patterns = [[p for p, h in zip(answer, pattern) if h] for pattern in itertools.product((0, 1), repeat=n)][1:]
+        log_pi = toy_log_pi(policy, tokens.index_fill(0, torch.tensor(hidden), 3))
+        return {p: -log_pi[p - 3, tokens[p]] for p in hidden}
+    orders = list(itertools.permutations(range(P, 6)))
+    nelbo = sum(cross_entropy(order[i:])[order[i]] for order in orders for i in range(n)) / len(orders)
+    patterns = [hidden for m in range(1, n + 1) for hidden in itertools.combinations(range(P, 6), m)]
     nodes, shares = (torch.tensor(x) for x in numpy.polynomial.legendre.leggauss(8))     # exact to degree 15 on [-1, 1]
 
     def averaged(times):
         total = 0.0
-        for (t, share), pattern in itertools.product(zip(times, shares / 2), patterns):
-            z = torch.ones(1, B)
-            z[0, [p - 3 for p in pattern]] = -1.0                   # hidden, whatever t
-            row = dirl.join([dirl.noised_document(tokens, P, (t[None] - 1e-3) / (1 - 1e-3), z, B, 3)])
+        for (t, share), hidden in itertools.product(zip(times, shares / 2), patterns):
+            z = torch.ones(1, 3).index_fill(1, torch.tensor(hidden) - 3, -1.0)           # hidden, whatever t
+            row = dirl.join([dirl.noised_document(tokens, P, (t[None] - 1e-3) / (1 - 1e-3), z, 3, 3)])
             loss = dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens=1)
-            total = total + share * t**len(pattern) * (1 - t)**(n - len(pattern)) * loss
+            total = total + share * t**len(hidden) * (1 - t)**(n - len(hidden)) * loss
         return total
-    by_weights = sum(math.factorial(len(p) - 1) * math.factorial(n - len(p)) / math.factorial(n)
-                     * sum(cross_entropy(p).values()) for p in patterns)
+    by_weights = sum(sum(cross_entropy(p).values()) / len(p) / math.comb(n, len(p)) for p in patterns)
     by_quadrature = averaged((nodes + 1) / 2)
     assert torch.isclose(by_weights, nelbo, rtol=1e-12) and torch.isclose(by_quadrature, nelbo, rtol=1e-12)
-    exact, ours = (gradient(policy.model, x) for x in (nelbo, by_quadrature))
-    assert relative(ours, exact) < 1e-12
+    assert relative(gradient(policy.model, by_quadrature), gradient(policy.model, nelbo)) < 1e-12
     clipped = averaged(1e-3 + (1 - 1e-3) * (nodes + 1) / 2)         # what t >= 1e-3 costs
     assert 1e-6 < abs(clipped / nelbo - 1) < 2e-3
 
@@ -453,9 +414,10 @@ def test_noise_and_views_of_an_sft_example():
     d = dirl.noised_document(tokens, P, torch.tensor([0.0, 0.5]), z, B, 99)
     assert d["ids"].tolist() == [*range(12), 8, 99, 10, 11] and d["target"].tolist() == [9]
     assert d["pos"].tolist()[12:] == [8, 9, 10, 11]                # a block without a masked token has no view
-    t = 1e-3 + (1 - 1e-3) * torch.tensor([0.5, 0.5])
-    d = dirl.noised_document(tokens, P, torch.tensor([0.5, 0.5]), t[:, None].expand(2, 4), B, 99)
-    assert len(d["target"]) == 0                                    # z < t, not =
+    half = torch.tensor([0.5, 0.5])
+    for less, n in ((0, 0), (1e-4, 7)):                             # z < t, not =; and t is not u
+        z = (1e-3 + (1 - 1e-3) * half - less)[:, None].expand(2, 4)
+        assert len(dirl.noised_document(tokens, P, half, z, B, 99)["target"]) == n
 
 
 def test_example_ends_with_the_end_token_and_fills_its_block(policies):
@@ -463,14 +425,12 @@ def test_example_ends_with_the_end_token_and_fills_its_block(policies):
     for text in ("", "1", "12", "123", "1234"):
         tokens, P = policy.example([{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}])
         tail = tokens[P + len(text):].tolist()
-        assert len(tokens) % 4 == 0 and len(tail) <= 4
-        assert tail[0] == policy.end_id and set(tail[1:]) <= {policy.eos_id}
-        assert policy.tokenizer.decode(tokens[P:P + len(text)]) == text
-        assert policy.tokenizer.decode(tokens[:P]) == "<|user|>hi<|im_end|><|assistant|>"
+        assert len(tokens) % 4 == 0 and len(tail) <= 4 and tail[0] == policy.end_id and set(tail[1:]) <= {policy.eos_id}
+        texts = [policy.tokenizer.decode(x) for x in (tokens[:P], tokens[P:P + len(text)])]
+        assert texts == ["<|user|>hi<|im_end|><|assistant|>", text]
 
 
 # ---- section 3.2: one forward scores a trajectory --------------------------------------------------------------
-
 
 RULES = [("static", 1), ("static", 2), ("dynamic", 1), ("sequential", 1), ("sequential", 2)]
 
@@ -482,9 +442,8 @@ def test_packed_scores_equal_step_by_step_scores(policies, B, rule, per_step):
         c, trajectories = rollouts(policy, "--unmask", rule, "--tokens-per-step", per_step, "--confidence", confidence)
         documents = documents_of(policy, trajectories)
         for t, d in zip(trajectories, documents):
-            P, L = len(t.prompt), len(t.output)
-            views = sum(int(t.steps[[p for p in range(L) if (P + p) // B == k]].max()) for k in range(P // B, (P + L) // B))
-            assert (P + L) % B == 0 and len(d["ids"]) == P + L + B * views and len(d["reads"]) == L
+            S, views = len(t.prompt) + len(t.output), len(list(slow_states(policy, t)))
+            assert S % B == 0 and len(d["ids"]) == S + B * views and len(d["reads"]) == len(t.output)
             assert t.decoding_steps == views
         rows = rows_of(policy, [d | {"at": torch.full_like(d["target"], i)} for i, d in enumerate(documents)], 60)
         assert len(rows) > 1
@@ -506,10 +465,8 @@ def test_step_maps_follow_the_unmasking_rule(policies, rule, per_step, confidenc
             top = slow_log_policy(policy, slow_logits(policy, seen).detach()).max(-1)
             assert all(tokens[p] == top.indices[p] for p in committed)          # greedy
             ordered = sorted(masked, key=lambda p: p if rule == "sequential" else -top.values[p].item())
-            expected = ordered[:per_step]
-            if rule == "dynamic":
-                expected = [p for p in masked if float(top.values[p].exp()) >= 0.5] or ordered[:1]
-            assert sorted(expected) == committed
+            sure = [p for p in masked if float(top.values[p].exp()) >= 0.5]
+            assert committed == (sure or ordered[:1] if rule == "dynamic" else sorted(ordered[:per_step]))
             several += len(committed) > 1
     assert several or (rule != "dynamic" and per_step == 1)
 
@@ -519,10 +476,14 @@ def test_drawn_confidence_looks_at_the_drawn_token():
     at = float(top1[0, 1].exp())                                    # dynamic: at >= threshold
     for rule, threshold, confidence, expected in (
             ("static", 0.9, "top1", [0, 1]), ("static", 0.9, "drawn", [1, 0]), ("sequential", 0.9, "top1", [1, 0]),
-            ("dynamic", 0.6, "top1", [1, 1]), ("dynamic", 0.95, "top1", [0, 1]), ("dynamic", at, "top1", [0, 1])):
-        for masked in (torch.tensor([[True, True]]), torch.tensor([[False, False]])):
-            new = dirl.unmask(top1, drawn, masked, rule, 1, threshold, confidence)
-            assert new.tolist() == [[bool(x) and bool(masked.all()) for x in expected]]
+            ("dynamic", 0.6, "top1", [1, 1]), ("dynamic", 0.95, "top1", [0, 1]), ("dynamic", at, "top1", [0, 1]),
+            ("dynamic", 0.5, "drawn", [1, 0])):
+        for masked in (1, 0):
+            new = dirl.unmask(top1, drawn, torch.tensor([[masked, masked]]).bool(), rule, 1, threshold, confidence)
+            assert new.int().tolist() == [[x * masked for x in expected]]
+    tied = torch.zeros(1, 300), torch.zeros(1, 300), torch.ones(1, 300, dtype=torch.bool)        # of equals the leftmost
+    assert dirl.unmask(*tied, "static", 3, 0.9, "top1")[0].nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert dirl.unmask(*(x.to("meta") for x in tied), "sequential", 3, 0.9, "top1").device.type == "meta"
 
 
 def test_draw_inverts_the_distribution():
@@ -558,18 +519,18 @@ def test_draw_stays_on_tokens_that_have_a_probability(dtype, digits):
 def test_decoding_ends_after_the_first_block_with_a_stop_token_or_at_max_new_tokens(policies):
     policy, stopped = copy.copy(policies(4)), 0
     policy.stop_ids = torch.tensor([7, *range(20, 50)])             # likely ones, some of them in the prompts too
+    prompts = prompts_of_every_remainder(policy)
     for max_new in (1, 6, 13):
-        c = flags("--max-new-tokens", max_new)
-        prompts = prompts_of_every_remainder(policy)
-        for t, prompt in zip(dirl.decode(policy, prompts, [(3, i) for i in range(len(prompts))], c), prompts):
-            P, L, output = len(prompt), len(t.output), t.output.tolist()
+        made = dirl.decode(policy, prompts, [(3, i) for i in range(len(prompts))], flags("--max-new-tokens", max_new))
+        for t, prompt in zip(made, prompts, strict=True):
+            L, output = len(t.output), t.output.tolist()
             is_stop = [x in policy.stop_ids.tolist() for x in output]
-            assert t.prompt.tolist() == prompt and (P + L) % 4 == 0 and not any(is_stop[:max(0, L - 4)])
+            assert t.prompt.tolist() == prompt and (len(prompt) + L) % 4 == 0 and policy.mask_id not in output
             assert any(is_stop) or L >= max_new
-            assert L - 4 < max_new                                  # not a block more than was asked
-            end = is_stop.index(True) if any(is_stop[:max_new]) else max_new
-            assert t.answer.tolist() == output[:end] and t.stopped == any(is_stop[:max_new])
-            assert policy.mask_id not in output and len(t.steps) == len(t.logp) == L and (t.steps > 0).all()
+            assert L - 4 < max_new and not any(is_stop[:max(0, L - 4)])                  # not a block more than was asked
+            assert t.stopped == any(is_stop[:max_new])
+            assert t.answer.tolist() == output[:is_stop.index(True) if t.stopped else max_new]
+            assert len(t.steps) == len(t.logp) == L and (t.steps > 0).all()
             stopped += t.stopped
     assert stopped
 
@@ -583,8 +544,8 @@ def test_a_sample_depends_on_its_key_alone(policies):
         torch.manual_seed(slots)
         state = torch.get_rng_state()
         made = dirl.TorchEngine(policy, replace(c, slots=slots)).generate(prompts[::-1], keys[::-1])
-        assert [(t.output.tolist(), t.steps.tolist()) for t in made[::-1]] == expected
         assert torch.equal(torch.get_rng_state(), state)
+        assert [(t.output.tolist(), t.steps.tolist()) for t in made[::-1]] == expected
     same = dirl.decode(policy, [prompts[5]] * 9, [(1, i) for i in range(8)] + [(1, 0)], c)
     assert len({tuple(t.output.tolist()) for t in same}) == 8 and same[0].output.tolist() == same[8].output.tolist()
 
@@ -599,54 +560,39 @@ def test_decoding_takes_one_pass_a_step_and_one_for_the_whole_blocks_of_the_prom
         return dirl.Policy.hidden(policy, ids, pos, mask, cache)
     policy.hidden = hidden
     c, prompts = flags("--block-size", B, "--max-new-tokens", 14, "--threshold", 0.5), prompts_of_every_remainder(policy)
-    together = dirl.decode(policy, prompts, [(4, i) for i in range(len(prompts))], c)
-    steps = sorted((t.decoding_steps for t in together), reverse=True)
-    alive = [sum(n > step for n in steps) for step in range(steps[0])]          # sequences that are not done yet
-    assert passes == [(len(prompts), len(prompts[-1]) // B * B), *((n, 2 * B) for n in alive)]
-    assert_replay(policy, together)
-    for prompt in prompts:
+    for batch in (prompts, *([prompt] for prompt in prompts)):
         passes.clear()
-        alone, = dirl.decode(policy, [prompt], [(4,)], c)
-        whole = len(prompt) // B * B
-        assert passes == [(1, whole)] * (whole > 0) + [(1, 2 * B)] * alone.decoding_steps
-        assert_replay(policy, [alone])
+        made, whole = dirl.decode(policy, batch, [(4, i) for i in range(len(batch))], c), len(batch[-1]) // B * B
+        most = max(t.decoding_steps for t in made)
+        alive = [sum(t.decoding_steps > step for t in made) for step in range(most)]     # sequences that are not done yet
+        assert passes == [(len(batch), whole)] * (whole > 0) + [(n, 2 * B) for n in alive]
+        assert_replay(policy, made)
 
 
 # ---- Eq. 4-8 ---------------------------------------------------------------------------------------------------
-
-
-def slow_C(ratio, A, eps, eps_high):
-    return min(ratio * A, min(max(ratio, 1 - eps), 1 + eps_high) * A)
-
 
 def J_of(name, logp, old, A, w, view, eps=0.2, eps_high=0.2):
     """(J, where the clip acts) of an objective; Eq. 8 alone wants the views."""
     return getattr(dirl, name)(logp, old, A, w, eps, eps_high, *[view] * (name == "eq8"))
 
 
-def example_groups():
-    """Two groups of three trajectories, each a list of decoding steps, each a list of (log π_θ, log π_old)."""
-    g = torch.Generator().manual_seed(5)
-    sizes = [[[1, 2, 1], [3], [2, 2]], [[1], [1, 1, 1, 4], [2]]]
-    return [[[[(-1.5 * float(torch.rand((), generator=g)), -1.5 * float(torch.rand((), generator=g)))
-               for _ in range(n)] for n in trajectory] for trajectory in group] for group in sizes]
-
-
 @pytest.mark.parametrize("name", ["eq6", "eq7", "eq8"])
 @pytest.mark.parametrize("count", ["steps", "tokens"])
 def test_objectives_equal_transcriptions_with_loops(name, count):
-    groups, rewards = example_groups(), [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]]
-    eps, eps_high, J, hits = 0.2, 0.3, 0.0, []
-    sizes = [[len(t) if count == "steps" else sum(map(len, t)) for t in group] for group in groups]
+    """Two groups of three trajectories, each a list of decoding steps, each a list of (log π_θ, log π_old)."""
+    g, lengths = torch.Generator().manual_seed(5), [[[1, 2, 1], [3], [2, 2]], [[1], [1, 1, 1, 4], [2]]]
+    groups = [[[(-1.5 * torch.rand(n, 2, generator=g)).tolist() for n in steps] for steps in group] for group in lengths]
+    rewards, eps, eps_high, J, hits = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]], 0.2, 0.3, 0.0, []
+    sizes = [[len(steps) if count == "steps" else sum(steps) for steps in group] for group in lengths]
     for group, size, r in zip(groups, sizes, rewards):
-        mean = sum(r) / len(r)
         for i, trajectory in enumerate(group):
-            normaliser = 1 / size[i] if name == "eq6" else 1 / sum(size)
+            A, normaliser = r[i] - sum(r) / len(r), 1 / size[i] if name == "eq6" else 1 / sum(size)
             for step in trajectory:
-                ratios = [torch.tensor(new - old).exp().item() for new, old in step]
+                ratios = [math.exp(new - old) for new, old in step]
                 for ratio in [math.prod(ratios)] if name == "eq8" else ratios:
-                    J += normaliser * slow_C(ratio, r[i] - mean, eps, eps_high) / len(groups)
-                    hits.append(slow_C(ratio, r[i] - mean, eps, eps_high) < ratio * (r[i] - mean) - 1e-9)
+                    C = min(ratio * A, min(max(ratio, 1 - eps), 1 + eps_high) * A)
+                    J += normaliser * C / len(groups)
+                    hits.append(C < ratio * A - 1e-9)
     assert any(hits) and not all(hits)
     A, w = dirl.advantage(torch.tensor(rewards)), dirl.trajectory_weights(torch.tensor(sizes), name)
     every_step = [(step, A[i, j], w[i, j]) for i, g in enumerate(groups) for j, trajectory in enumerate(g) for step in trajectory]
@@ -674,13 +620,12 @@ def test_the_clip_acts_on_the_side_where_more_would_be_gained(name):
     for ratio, A, held in ((1.5, 2.0, True), (1.5, -2.0, False), (0.5, 2.0, False), (0.5, -2.0, True),
                            (1.25, 2.0, False), (0.85, -2.0, False), (1.35, 2.0, True), (0.75, -2.0, True)):
         n, eps, eps_high, w = 2 if name == "eq8" else 1, 0.2, 0.3, 0.7
-        old = torch.full((n,), -1.3, dtype=torch.float64)
-        logp = (old + math.log(ratio) / n).requires_grad_()
-        columns = (torch.full((n,), x, dtype=torch.float64) for x in (A, w))
-        J, clipped = J_of(name, logp, old, *columns, torch.zeros(n, dtype=torch.long), eps, eps_high)
+        one = torch.ones(n, dtype=torch.float64)
+        logp = (-1.3 * one + math.log(ratio) / n).requires_grad_()
+        J, clipped = J_of(name, logp, -1.3 * one, A * one, w * one, torch.zeros(n, dtype=torch.long), eps, eps_high)
         bound = 1 + eps_high if ratio > 1 else 1 - eps
         assert clipped.tolist() == [held] and math.isclose(float(J.detach()), w * A * (bound if held else ratio), rel_tol=1e-12)
-        expected = torch.full((n,), 0.0 if held else w * A * ratio, dtype=torch.float64)
+        expected = one * (0.0 if held else w * A * ratio)
         assert torch.allclose(torch.autograd.grad(J, logp)[0], expected, rtol=1e-12, atol=0)
 
 
@@ -700,7 +645,7 @@ def test_the_second_update_moves_the_ratio(objective, trained, tmp_path, monkeyp
 
 def test_advantage():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [2.0, 0.0, 0.0, 0.0]])
-    assert torch.allclose(dirl.advantage(r), r - torch.tensor([[0.5], [0.5], [0.5]]))
+    assert torch.allclose(dirl.advantage(r), r - 0.5)
     assert torch.allclose(dirl.advantage(r, True)[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
     assert torch.equal(dirl.advantage(r, True)[1], torch.zeros(4))
 
@@ -709,86 +654,70 @@ def test_unbiased_kl_term():
     torch.manual_seed(0)
     theta, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
     log_pi, log_ref = theta.log_softmax(0), ref.log_softmax(0)
-    exact = (log_pi.exp() * (log_pi - log_ref)).sum()
-    expected = (log_pi.exp().detach() * dirl.kl_k3(log_pi, log_ref)).sum()       # E over tokens drawn from π_θ
     k3 = (log_ref - log_pi).exp() - 1 - (log_ref - log_pi)                       # without the factor before it
-    assert torch.allclose(dirl.kl_k3(log_pi, log_ref), k3) and (k3 >= 0).all()    # a token's value is k3's
-    plain, reverse = (log_pi.exp().detach() * k3).sum(), (log_ref.exp() * (log_ref - log_pi)).sum()
+    assert torch.allclose(dirl.kl_k3(log_pi, log_ref), k3) and (k3 >= 0).all()   # a token's value is k3's
+    expected, plain = ((log_pi.exp().detach() * x).sum() for x in (dirl.kl_k3(log_pi, log_ref), k3))     # E over tokens from π_θ
+    exact, reverse = (log_pi.exp() * (log_pi - log_ref)).sum(), (log_ref.exp() * (log_ref - log_pi)).sum()
     ours, right, k3s, wrong = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (expected, exact, plain, reverse))
     assert torch.allclose(exact, expected) and torch.allclose(exact, plain)                  # the value is the same
     assert torch.allclose(ours, right) and torch.allclose(k3s, wrong)            # k3's own gradient: of KL(π_ref‖π_θ)
-    print(f"k3 alone: its expected gradient is {relative(k3s, right):.2f} off, relative; with π_θ/sg[π_θ] before it "
-          f"{relative(ours, right):.1e}")
-    assert relative(k3s, right) > 0.1
+    off, ours_off = relative(k3s, right), relative(ours, right)
+    print(f"k3 alone: its expected gradient is {off:.2f} off, relative; with π_θ/sg[π_θ] before it {ours_off:.1e}")
+    assert off > 0.1
 
 
 @pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
-def test_gradient_does_not_depend_on_max_tokens(policies, objective):
-    policy = policies(4)
+def test_gradient_does_not_depend_on_max_tokens_nor_on_checkpointing(policies, objective):
+    policy, gradients = copy.deepcopy(policies(4)), []
     c, flat = rollouts(policy, "--objective", objective, n=8)
     groups = [(flat[:4], [1.0, 0.0, 0.0, 0.5]), (flat[4:], [0.0, 1.0, 1.0, 1.0])]
-    gradients = []
-    for max_tokens in (1, 150, 10**6):
+    for max_tokens, checkpointing in ((1, False), (150, False), (10**6, False), (10**6, True)):
+        if checkpointing:
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
         (rows, _), J = dirl.dipo_rows(policy, replace(c, max_tokens=max_tokens), groups), 0.0
         for row in rows:
-            logp, _ = policy.score(row)
-            old = row["logp_sampler"] if objective == "eq6" else None
-            J = J + J_of(objective, logp, old, row["A"], row["w"], row["copy"][row["reads"]] - 1)[0]
+            old, view = row["logp_sampler"] if objective == "eq6" else None, row["copy"][row["reads"]] - 1
+            J = J + J_of(objective, policy.score(row)[0], old, row["A"], row["w"], view)[0]
         gradients.append(gradient(policy.model, J))
         assert len(rows) == {1: 8, 10**6: 1}.get(max_tokens, len(rows))
     assert all(relative(g, gradients[0]) < 1e-5 for g in gradients[1:])
-
-
-def test_gradient_checkpointing_changes_nothing(policies):
-    policy = policies(4)
-    _, trajectories = rollouts(policy, n=4)
-    row = rows_of(policy, documents_of(policy, trajectories), 10**6)[0]
-    plain = gradient(policy.model, policy.score(row)[0].sum())
-    policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        assert policy.model.training and torch.allclose(plain, gradient(policy.model, policy.score(row)[0].sum()), atol=1e-6)
-        again = rollouts(policy, n=4)[1]                            # and the sampler's cache still works
-        assert all(torch.equal(a.output, b.output) for a, b in zip(trajectories, again))
-    finally:
-        policy.model.activation_checkpointing_disable()
+    assert policy.model.training and torch.allclose(*gradients[2:], atol=5e-9)
+    _, again = rollouts(policy, n=8)                                # and the sampler's cache still works
+    assert all(torch.equal(a.output, b.output) for a, b in zip(flat, again))
 
 
 def test_dynamic_sampling_drops_exactly_the_flat_groups(policies, monkeypatch):
-    policy, calls, asked = policies(4), [], []
+    policy, coin, asked = policies(4), itertools.cycle((1.0, 0.0)), []
     c = flags("--prompts", 3, "--group-size", 4, "--max-new-tokens", 4)
     monkeypatch.setattr(dirl, "MAX_ROUNDS", 3)
     monkeypatch.setattr(dirl, "nth", lambda items, i, *key: (asked.append(i), items[i])[1])
-    problems = [dirl.Problem([i + 1] * 5, "mixed" if i in (1, 4, 5, 8) else "flat", "") for i in range(20)]
+
+    def sample(position, *mixed):
+        problems = [dirl.Problem([i + 1] * 5, "mixed" if i in mixed else "flat", "") for i in range(20)]
+        return dirl.sample_groups(policy, dirl.TorchEngine(policy, c), c, problems, reward, 1, position, {})
 
     def reward(answer, truth):
-        calls.append(truth)
-        return len(calls) % 2 if truth == "mixed" else 1.0
-
-    def sample(problems, position):
-        return dirl.sample_groups(policy, dirl.TorchEngine(policy, c), c, problems, reward, 1, position, {})
-    mixed, every, position = sample(problems, 0)
+        return next(coin) if truth == "mixed" else 1.0
+    mixed, every, position = sample(0, 1, 4, 5, 8)
     assert asked == list(range(6)) and position == 6 and len(every) == 6
     assert [int(g[0].prompt[0]) - 1 for g, _ in mixed] == [1, 4, 5] and all(max(r) > min(r) for _, r in mixed)
     assert [int(g[0].prompt[0]) - 1 for g, _ in every] == asked and all(len(g) == len(r) == 4 for g, r in every)
-    mixed, every, position = sample([dirl.Problem([i + 1], "flat", "") for i in range(20)], 7)
+    mixed, every, position = sample(7)
     assert mixed == [] and len(every) == 9 and position == 16       # three rounds of three, then give up
 
 
 # ---- what "unbiased" means: the gradient, by enumerating every trajectory ----------------------------------------
 
-
 class Toy(torch.nn.Module):
     """One attention layer in float64 with the interface that Policy uses; 3 tokens and [MASK] = 3."""
-
     def __init__(self, seed):
         super().__init__()
-        g = torch.Generator().manual_seed(seed)
+        g, self.device = torch.Generator().manual_seed(seed), torch.device("cpu")
         shapes = {"token": (4, 8), "place": (6, 8), "q": (8, 8), "k": (8, 8), "v": (8, 8), "up": (8, 16), "down": (16, 8)}
         for name, shape in shapes.items():
-            self.register_parameter(name, torch.nn.Parameter(0.8 * torch.randn(shape, generator=g, dtype=torch.float64)))
+            setattr(self, name, torch.nn.Parameter(0.8 * torch.randn(shape, generator=g, dtype=torch.float64)))
         self.lm_head = torch.nn.Linear(8, 4, bias=False, dtype=torch.float64)
         self.lm_head.weight.data = 0.6 * torch.randn(4, 8, generator=g, dtype=torch.float64)
-        self.device = torch.device("cpu")
 
     def model(self, input_ids, position_ids, attention_mask, cache=None, **unused):
         mask = attention_mask["full_attention"]
@@ -805,30 +734,27 @@ def toy_policy():
     return dirl.Policy(Toy(seed=57), None, None, {"block_size": 3, "mask_token_id": 3, "eos_token_id": 0}, 0, 1.0)
 
 
-def every_path(policy, prompt, rule):
-    """Every way to decode one block: (probability, output, step map, log-probability of all candidates drawn).
+def toy_log_pi(policy, tokens):
+    """log π at the second of two blocks of three tokens: [3, vocab]."""
+    place = torch.arange(6)
+    hidden = policy.hidden(tokens[None], place[None], (place // 3 <= place[:, None] // 3)[None, None])[0, 3:]
+    return dirl.log_policy(hidden @ policy.model.lm_head.weight.T, 1.0, 3)
 
+
+def every_path(policy, prompt, rule, block, steps, s=1, log_p=0.0):
+    """Every way to decode a block from step s on: (probability, output, step map, log-probability of all candidates drawn).
     A path draws a candidate for each masked position at each step; dirl.unmask says which of them are committed."""
-    positions = torch.arange(6)
-    mask = (positions[None, :] // 3 <= positions[:, None] // 3)[None, None]
-
-    def walk(block, steps, s, log_p):
-        masked = block == 3
-        if not masked.any():
-            yield log_p.exp(), block, steps, log_p
-            return
-        ids = torch.cat([prompt, block])[None]
-        logits = policy.hidden(ids, positions[None], mask)[0, 3:] @ policy.model.lm_head.weight.T
-        log_pi = dirl.log_policy(logits, 1.0, 3)                                             # [3, vocab]
-        for drawn in itertools.product(range(3), repeat=int(masked.sum())):
-            token = block.clone()
-            token[masked] = torch.tensor(drawn)
-            log_drawn = log_pi.gather(1, token.clamp_max(2)[:, None])[:, 0]                  # [3]
-            new = dirl.unmask(log_pi.max(1).values[None], log_drawn[None], masked[None], *rule)[0]
-            log_draw = log_drawn[masked].sum()
-            yield from walk(torch.where(new, token, block), torch.where(new, s, steps), s + 1, log_p + log_draw)
-    start = torch.full((3,), 3), torch.zeros(3, dtype=torch.long), 1, torch.zeros((), dtype=torch.float64)
-    yield from walk(*start)
+    masked = block == 3
+    if not masked.any():
+        yield log_p.exp(), block, steps, log_p
+        return
+    log_pi = toy_log_pi(policy, torch.cat([prompt, block]))                                  # [3, vocab]
+    for drawn in itertools.product(range(3), repeat=int(masked.sum())):
+        token = block.masked_scatter(masked, torch.tensor(drawn))
+        log_drawn = log_pi[range(3), token]                                                  # [3]
+        new = dirl.unmask(log_pi.max(1).values[None], log_drawn[None], masked[None], *rule)[0]
+        after = torch.where(new, token, block), torch.where(new, s, steps), s + 1, log_p + log_drawn[masked].sum()
+        yield from every_path(policy, prompt, rule, *after)
 
 
 @functools.cache
@@ -839,15 +765,14 @@ def enumerated(rule):
     tables = []
     for prompt in torch.tensor([[0, 2, 1], [1, 1, 2]]):
         found = {}
-        for p, output, steps, log_p in every_path(policy, prompt, rule):
-            entry = found.setdefault((*output.tolist(), *steps.tolist()), [0.0, 0.0, output, steps])
-            entry[0], entry[1] = entry[0] + p, entry[1] + p.detach() * log_p
-        p, every, output, steps = zip(*found.values())
+        for p, output, steps, log_p in every_path(policy, prompt, rule, torch.tensor([3] * 3), torch.tensor([0] * 3)):
+            found.setdefault((*output.tolist(), *steps.tolist()), []).append(torch.stack([p, p.detach() * log_p]))
+        p, every = torch.stack([sum(paths) for paths in found.values()]).T
+        outputs, steps = torch.tensor(list(found)).split(3, 1)
         tables.append(SimpleNamespace(
-            p=torch.stack(p), every=torch.stack(every), r=torch.stack([rewards[o @ torch.tensor([1, 3, 9])] for o in output]),
-            size=torch.stack([s.max() for s in steps]).double(), steps=steps,
-            documents=[dirl.trajectory_document(prompt, o, s, 3, 3) for o, s in zip(output, steps)]))
-        assert abs(float(tables[-1].p.detach().sum()) - 1) < 1e-12
+            p=p, every=every, r=rewards[outputs @ torch.tensor([1, 3, 9])], size=steps.amax(1).double(), steps=steps,
+            documents=[dirl.trajectory_document(prompt, *pair, 3, 3) for pair in zip(outputs, steps)]))
+        assert abs(float(p.detach().sum()) - 1) < 1e-12
     return policy, tables
 
 
@@ -855,36 +780,26 @@ def dipo_gradient(policy, tables, coefficients):
     """Gradient of Eq. 8 where trajectory i of a prompt's table enters with a factor: [prompts] of [trajectories]."""
     documents = [d | {"A": torch.ones(3, dtype=torch.float64), "w": factor.expand(3)}
                  for table, factors in zip(tables, coefficients) for d, factor in zip(table.documents, factors)]
-    J = 0.0
-    for row in rows_of(policy, documents, 600):
-        J = J + dirl.eq8(policy.score(row)[0], None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
-    return gradient(policy.model, J)
+    return gradient(policy.model, sum(
+        dirl.eq8(policy.score(row)[0], None, row["A"], row["w"], 0.2, 0.2, row["copy"][row["reads"]] - 1)[0]
+        for row in rows_of(policy, documents, 600)))
 
 
 def in_groups(table, r, G, objective="eq6", adv_std=False, dropped=False):
     """What a trajectory's factor is in expectation over all groups of G: the batch is every group there can be, each
     with its probability; dropped: flat groups do not count, and the rest makes up for them. [trajectories]"""
-    n, p = len(table.p), table.p.detach()
-    groups = torch.cartesian_prod(*[torch.arange(n)] * G)                                    # [n^G, G]
-    P = p[groups].prod(1)
-    if dropped:
-        P = P * (r[groups].amax(1) > r[groups].amin(1))
-        P = P / P.sum()
+    p = table.p.detach()
+    groups = torch.cartesian_prod(*[torch.arange(len(p))] * G)                               # [len(p)^G, G]
+    P = p[groups].prod(1) * (r[groups].amax(1) > r[groups].amin(1) if dropped else 1)
+    P = P / P.sum()
     A = dirl.advantage(r[groups], adv_std)
     w = dirl.trajectory_weights(table.size[groups], objective) * len(groups)        # its mean over groups becomes P
-    return torch.zeros(n, dtype=torch.float64).index_add(0, groups.flatten(), (P[:, None] * A * w).flatten())
+    return torch.zeros_like(p).index_add(0, groups.flatten(), (P[:, None] * A * w).flatten())
 
 
-def mixed_share(table, r, G):
-    """The probability that a group of G has unequal rewards."""
-    groups = torch.cartesian_prod(*[torch.arange(len(table.p))] * G)
-    return table.p.detach()[groups].prod(1) @ (r[groups].amax(1) > r[groups].amin(1)).double()
-
-
-def exact_gradient(policy, tables, rewards=None):
-    """Of E[R], summed over the prompts; rewards: in place of the tables'."""
-    return gradient(policy.model, sum((t.p * (t.r if rewards is None else r)).sum()
-                                      for t, r in zip(tables, rewards or [None] * len(tables))))
+def exact_gradient(policy, tables, rewards):
+    """Of E[R], summed over the prompts."""
+    return gradient(policy.model, sum((t.p * r).sum() for t, r in zip(tables, rewards)))
 
 
 def bias(estimate, exact):
@@ -899,8 +814,7 @@ TOY_RULES = [("sequential", "top1"), ("static", "top1"), ("dynamic", "top1"), ("
 def test_unbiased_unless_a_token_is_kept_for_its_own_value(rule, confidence):
     """With a constant baseline and normaliser."""
     policy, tables = enumerated((rule, 1, 0.7, confidence))
-    baseline, normaliser = 0.3, 1.7
-    exact = exact_gradient(policy, tables)
+    baseline, normaliser, exact = 0.3, 1.7, exact_gradient(policy, tables, [t.r for t in tables])
     committed = normaliser * dipo_gradient(policy, tables, [t.p.detach() * (t.r - baseline) / normaliser for t in tables])
     every = gradient(policy.model, sum((t.every * (t.r - baseline)).sum() for t in tables))
     error, error_of_every = relative(committed, exact), relative(every, exact)
@@ -908,7 +822,7 @@ def test_unbiased_unless_a_token_is_kept_for_its_own_value(rule, confidence):
           f"{error_of_every:.1e}")
     assert error_of_every < 1e-10                                   # scoring rejected candidates too is always exact
     assert error < 1e-10 if confidence == "top1" else error > 0.1
-    sizes = {int((steps == s).sum()) for t in tables for steps in t.steps for s in steps.tolist()}
+    sizes = {int((steps == s).sum()) for t in tables for steps in t.steps for s in steps}
     assert sizes == ({1, 2, 3} if rule == "dynamic" else {1})
 
 
@@ -924,16 +838,14 @@ def chi_square(seen, expected, classes=12):
 @pytest.mark.parametrize("rule, confidence", TOY_RULES)
 def test_decoding_draws_every_trajectory_as_often_as_it_is_probable(rule, confidence):
     """Outputs and step maps of the sampler against the enumeration: its draws at the positions and steps are independent."""
-    _, tables = enumerated((rule, 1, 0.7, confidence))
-    policy, n = toy_policy(), 5000
+    (_, tables), policy, n = enumerated((rule, 1, 0.7, confidence)), toy_policy(), 5000
     policy.model.float()
     c = flags("--block-size", 3, "--max-new-tokens", 3, "--unmask", rule, "--threshold", 0.7, "--confidence", confidence)
     for prompt, table in zip(([0, 2, 1], [1, 1, 2]), tables):
         made = dirl.decode(policy, [prompt] * n, [(prompt, i) for i in range(n)], c)
         counts = Counter((*t.output.tolist(), *t.steps.tolist()) for t in made)
         names = [(*d["target"].tolist(), *steps.tolist()) for d, steps in zip(table.documents, table.steps)]
-        assert set(counts) <= set(names)
-        assert abs(chi_square([counts[x] for x in names], n * table.p.detach(), 6)) < 4
+        assert set(counts) <= set(names) and abs(chi_square([counts[x] for x in names], n * table.p.detach(), 6)) < 4
 
 
 @pytest.mark.parametrize("G", [2, 3])
@@ -941,11 +853,9 @@ def test_decoding_draws_every_trajectory_as_often_as_it_is_probable(rule, confid
 def test_unbiased_means_up_to_the_group_mean(G, objective):
     """|τ| = 3 always: 1/|τ_i| or 1/Σ|τ_i| is a constant, and a mean that contains r_i leaves (G-1)/G of the gradient."""
     policy, tables = enumerated(("static", 1, 0.7, "top1"))
-    exact = exact_gradient(policy, tables)
     estimate = dipo_gradient(policy, tables, [in_groups(t, t.r, G, objective) for t in tables])
     normaliser = {"eq6": 1 / 3, "eq7": 1 / (3 * G)}[objective]      # of each of the G trajectories
-    expected = (G - 1) / G * G * normaliser * exact
-    error = relative(estimate, expected)
+    error = relative(estimate, (G - 1) / G * G * normaliser * exact_gradient(policy, tables, [t.r for t in tables]))
     print(f"static, {objective}, G = {G}: relative error against (G-1)/G of the gradient {error:.1e}")
     assert error < 1e-10
 
@@ -954,13 +864,13 @@ def test_unbiased_no_more_where_the_length_depends_on_the_draws():
     """The second prompt takes two decoding steps or three."""
     policy, (one, two) = enumerated(("dynamic", 1, 0.7, "top1"))
     assert set(one.size.tolist()) == {1} and set(two.size.tolist()) == {2, 3}
-    exact, p, errors = exact_gradient(policy, [two]), two.p.detach(), {}
+    exact, p, errors = exact_gradient(policy, [two], [two.r]), two.p.detach(), []
     for name, factors in (("a constant", p * two.r), ("1/|τ_i|, constant baseline", p * (two.r - 0.3) / two.size),
                           *((f"{w}, group mean, G = {G}", in_groups(two, two.r, G, objective))
                             for w, objective in (("1/|τ_i|", "eq6"), ("1/Σ|τ_i|", "eq8")) for G in (2, 4))):
-        errors[name] = bias(dipo_gradient(policy, [two], [factors]), exact)
-        print(f"dynamic, top1, weighted by {name}: relative error after the best scaling {errors[name]:.1e}")
-    constant, eq6, *eq6_groups, eq8_of_two, eq8_of_four = errors.values()
+        errors.append(bias(dipo_gradient(policy, [two], [factors]), exact))
+        print(f"dynamic, top1, weighted by {name}: relative error after the best scaling {errors[-1]:.1e}")
+    constant, eq6, *eq6_groups, eq8_of_two, eq8_of_four = errors
     assert constant < 1e-10 and min(eq6, *eq6_groups, eq8_of_two) > 0.02
     assert eq8_of_four < 0.6 * eq8_of_two                           # the sum over a group hardly depends on one of it
 
@@ -970,42 +880,41 @@ def test_unbiased_for_another_average_of_the_prompts(name):
     """Right or wrong answers: dividing by the group's standard deviation, and sampling a prompt until its group is mixed, leave
     each prompt's gradient exact in direction and weigh the prompts anew, by their rate of right answers."""
     policy, tables = enumerated(("static", 1, 0.7, "top1"))
-    G, rewards, scales, options = 4, [(t.r > 0.3).double() for t in tables], [], {"adv_std": name == "--adv-std"}
-    options["dropped"] = not options["adv_std"]
+    G, real, right, scales = 4, [t.r for t in tables], [(t.r > 0.3).double() for t in tables], []
+    options = {"adv_std": True} if name == "--adv-std" else {"dropped": True}
+
+    def estimated(tables, rewards):
+        """(DiPO's gradient, the exact one)."""
+        factors = [in_groups(t, r, G, "eq8", **options) for t, r in zip(tables, rewards)]
+        return dipo_gradient(policy, tables, factors), exact_gradient(policy, tables, rewards)
 
     def A(right, others_right):                                     # of a right or wrong one beside K right others
         mean = (right + others_right) / G
         return 0 if mean in (0, 1) else (right - mean) / (mean * (1 - mean))**0.5
-    for t, r in zip(tables, rewards):
-        rate, exact = float((t.p.detach() * r).sum()), exact_gradient(policy, [t], [r])
-        estimate = 3 * dipo_gradient(policy, [t], [in_groups(t, r, G, "eq8", **options)])    # Eq. 8's mean: |τ| = 3
-        scales.append(float(estimate @ exact / (exact @ exact)))
+    for t, r in zip(tables, right):
+        rate, (estimate, exact) = float((t.p.detach() * r).sum()), estimated([t], [r])
+        scales.append(3 * float(estimate @ exact / (exact @ exact)))                         # Eq. 8's mean: |τ| = 3
         expected = (G - 1) / G / (1 - rate**G - (1 - rate)**G)      # over the share of mixed groups
         if name == "--adv-std":
             expected = sum(math.comb(G - 1, K) * rate**K * (1 - rate)**(G - 1 - K) * (A(1, K) - A(0, K)) for K in range(G))
-        print(f"{name}: rate {rate:.3f} of right answers, the prompt's gradient times {scales[-1]:.4f} "
-              f"(expected {expected:.4f})")
+        print(f"{name}: rate {rate:.3f} of right answers, the prompt's gradient times {scales[-1]:.4f} (expected {expected:.4f})")
         assert bias(estimate, exact) < 1e-10 and abs(scales[-1] - expected) < 1e-10 and 0.05 < rate < 0.95
     assert abs(scales[0] / scales[1] - 1) > 0.01
     if name == "flat groups, same prompt again":
         # DAPO, and dirl.sample_groups, draw *other* prompts: one counts as often as its groups are mixed: exact again.
-        for chosen in (rewards, [t.r for t in tables]):
-            share = torch.stack([mixed_share(t, r, G) for t, r in zip(tables, chosen)])
-            factors = [in_groups(t, r, G, "eq8", dropped=True) * s for t, r, s in zip(tables, chosen, share / share.sum())]
-            estimate, exact = dipo_gradient(policy, tables, factors), exact_gradient(policy, tables, chosen)
+        for rewards in (right, real):
+            share = torch.stack([1 - sum(t.p.detach()[r == x].sum()**G for x in r.unique()) for t, r in zip(tables, rewards)])
+            factors = [in_groups(t, r, G, "eq8", **options) * s for t, r, s in zip(tables, rewards, share / share.sum())]
+            estimate, exact = dipo_gradient(policy, tables, factors), exact_gradient(policy, tables, rewards)
             print(f"flat groups, other prompts instead: relative error after the best scaling {bias(estimate, exact):.1e}")
             assert bias(estimate, exact) < 1e-10
             assert abs(3 * estimate @ exact / (exact @ exact) - (G - 1) / G / share.sum()) < 1e-10
-    both = dipo_gradient(policy, tables, [in_groups(t, r, G, "eq8", **options) for t, r in zip(tables, rewards)])
-    error = bias(both, exact_gradient(policy, tables, rewards))
-    real = bias(dipo_gradient(policy, tables, [in_groups(t, t.r, G, "eq8", **options) for t in tables]),
-                exact_gradient(policy, tables))
-    print(f"{name}: relative error over both prompts {error:.1e}; where rewards are real numbers {real:.1e}")
-    assert error > 1e-3 and real > 1e-3
+    error, error_of_real = (bias(*estimated(tables, rewards)) for rewards in (right, real))
+    print(f"{name}: relative error over both prompts {error:.1e}; where rewards are real numbers {error_of_real:.1e}")
+    assert error > 1e-3 and error_of_real > 1e-3
 
 
 # ---- LMDeploy: the real engine, without its CUDA pieces where there is no GPU --------------------------------------
-
 
 class PagedAttention:
     """What LMDeploy's kernel computes: block-causal attention over a paged cache, one sequence after the other."""
@@ -1046,8 +955,7 @@ def lmdeploy_on_cpu():
 
         @classmethod
         def build_op(cls, spec, **more):
-            paged = isinstance(spec, attention.PagedAttentionBuildSpec)
-            return PagedAttention(spec) if paged else super().build_op(spec, **more)
+            return PagedAttention(spec) if isinstance(spec, attention.PagedAttentionBuildSpec) else super().build_op(spec, **more)
 
         @classmethod
         def update_step_context(cls, context):
@@ -1055,26 +963,22 @@ def lmdeploy_on_cpu():
             context.attn_metadata = attention.AttentionMetadata(*(getattr(context, name) for name in fields))
             return context
 
-    def wrap(owner, name, around):
-        setattr(owner, name, functools.partialmethod(around, getattr(owner, name)) if isinstance(owner, type) else
-                functools.partial(around, getattr(owner, name)))
-
-    def on_cpu(self, init, *args, **more):
+    def on_cpu(self, *args, **more):
         init(self, *args, **more)
         self.device = "cpu"
 
-    def in_float32(update, *args, **more):
+    def in_float32(*args, **more):
         made = update(*args, **more)
         made.dtype = torch.float32
         return made
+    init, update, allocate = agent.BaseModelAgent.__init__, config._update_torch_dtype, BlockCachePlan.allocate
+    agent.BaseModelAgent.__init__, config._update_torch_dtype = on_cpu, in_float32
+    BlockCachePlan.allocate = lambda self, num_logical_blocks, device: allocate(self, num_logical_blocks, "cpu")
+    agent._try_to_cuda = lambda x, non_blocking=False: x.to_device("cpu") if hasattr(x, "to_device") else x
+    agent.get_gpu_memory = lambda *args: (2**31, 2**31)
     selector._get_backend = lambda: Backend
     config.is_bf16_supported = lambda *args: True
     torch._dynamo.config.disable = True                             # LMDeploy compiles small functions: 20 s for nothing here
-    agent._try_to_cuda = lambda x, non_blocking=False: x.to_device("cpu") if hasattr(x, "to_device") else x
-    agent.get_gpu_memory = lambda *args: (2**31, 2**31)
-    wrap(agent.BaseModelAgent, "__init__", on_cpu)
-    wrap(BlockCachePlan, "allocate", lambda self, allocate, num_logical_blocks, device: allocate(self, num_logical_blocks, "cpu"))
-    wrap(config, "_update_torch_dtype", in_float32)
     torch.cuda.Stream = torch.cuda.Event = MagicMock                # everything is done when it is asked for
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     for name in ("current_stream", "synchronize", "empty_cache"):   # not one function: torch.compile wants them different
@@ -1085,13 +989,13 @@ def lmdeploy_on_cpu():
 
 @pytest.fixture
 def lmdeploy_engine(monkeypatch):
-    """A maker of LMDeploy engines, closed after the test."""
+    """A maker of LMDeploy engines, closed after the test. Options are for engines without a GPU."""
     lmdeploy_on_cpu()
     monkeypatch.setattr(dirl, "lmdeploy_runs", lambda: True)
     with contextlib.ExitStack() as stack:
         def make(policy, c, **options):
-            small = {} if torch.cuda.is_available() else {"num_gpu_blocks": 64, "block_size": 16, "eager_mode": True}
-            engine = dirl.LMDeployEngine(policy, c, **small | options)
+            small = {} if torch.cuda.is_available() else {"num_gpu_blocks": 64, "block_size": 16, "eager_mode": True} | options
+            engine = dirl.LMDeployEngine(policy, c, **small)
             stack.callback(engine.close)
             return engine
         yield make
@@ -1100,28 +1004,26 @@ def lmdeploy_engine(monkeypatch):
 def assert_same(ours, theirs, atol=1e-4):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
-        assert a.prompt.tolist() == b.prompt.tolist() and a.output.tolist() == b.output.tolist()
-        assert a.steps.tolist() == b.steps.tolist() and (a.logp - b.logp).abs().max() < atol
-        assert a.answer.tolist() == b.answer.tolist() and (a.stopped, a.decoding_steps) == (b.stopped, b.decoding_steps)
+        assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ("prompt", "output", "steps", "answer"))
+        assert (a.logp - b.logp).abs().max() < atol and (a.stopped, a.decoding_steps) == (b.stopped, b.decoding_steps)
 
 
 @pytest.mark.parametrize("B", [4, 8])
 @pytest.mark.parametrize("rule, per_step", RULES)
 @pytest.mark.parametrize("confidence", ["top1", "drawn"])
 def test_lmdeploy_decodes_as_our_sampler(policies, lmdeploy_engine, B, rule, per_step, confidence):
-    """Greedy trajectories are the same; of sampled ones the log-probabilities are those of a replay, one forward a step.
-    Equal calls give equal samples."""
+    """Greedy trajectories are the same; the log-probabilities of samples are those of a replay; equal calls, equal samples."""
     policy, engine = policies(B), None
-    for max_new in (1, 6, 21):
+    prompts = prompts_of_every_remainder(policy)
+    keys, other_keys = ([(seed, i) for i in range(len(prompts))] for seed in (5, 6))
+    for max_new in (21, 6, 1):
         c = flags("--block-size", B, "--unmask", rule, "--tokens-per-step", per_step, "--confidence", confidence,
                   "--max-new-tokens", max_new, "--threshold", 0.5, "--slots", 32)
-        engine = engine or lmdeploy_engine(policy, replace(c, max_new_tokens=21))
-        engine.c, prompts = c, prompts_of_every_remainder(policy)
-        keys = [(5, i) for i in range(len(prompts))]
+        engine = engine or lmdeploy_engine(policy, c)
+        engine.c = c
         assert_same(dirl.decode(policy, prompts, keys, c, greedy=True), engine.generate(prompts, keys, greedy=True))
-        theirs = engine.generate(prompts, keys)
-        assert_same(theirs, engine.generate(prompts, keys))
-        other = engine.generate(prompts, [(6, i) for i in range(len(prompts))])
+        theirs, again, other = (engine.generate(prompts, x) for x in (keys, keys, other_keys))
+        assert_same(theirs, again)
         assert any(a.output.tolist() != b.output.tolist() for a, b in zip(theirs, other))
         if max_new == 6:
             assert_replay(policy, theirs)
@@ -1144,14 +1046,13 @@ def test_lmdeploy_more_requests_than_slots_preemption_and_prefill_in_chunks(poli
     prompts = [torch.randint(0, 200, (n,), generator=g).tolist() for n in (100, 33, 5, 64, 131, *range(1, 60, 4))]
     keys = [(6, i) for i in range(len(prompts))]
     monkeypatch.setattr(Scheduler, "preempt_seqs", lambda self, seqs: (preempted.extend(seqs), preempt(self, seqs))[1])
-    engine = lmdeploy_engine(policy, c, **({} if torch.cuda.is_available() else
-                                           {"num_gpu_blocks": 20, "max_prefill_token_num": 32}))
-    assert_same(dirl.decode(policy, prompts, keys, c, greedy=True), engine.generate(prompts, keys, greedy=True))
-    assert preempted or torch.cuda.is_available()
-    preempted.clear()
-    sampled = engine.generate(prompts, keys)
-    assert preempted or torch.cuda.is_available()
-    assert_replay(policy, sampled)
+    engine, made = lmdeploy_engine(policy, c, num_gpu_blocks=20, max_prefill_token_num=32), {}
+    for greedy in (True, False):
+        preempted.clear()
+        made[greedy] = engine.generate(prompts, keys, greedy)
+        assert preempted or torch.cuda.is_available()
+    assert_same(dirl.decode(policy, prompts, keys, c, greedy=True), made[True])
+    assert_replay(policy, made[False])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1166,45 +1067,39 @@ def test_lmdeploy_takes_new_weights_awake_or_after_sleep(policies, lmdeploy_engi
 
     def set_weights(noise):
         g = torch.Generator().manual_seed(4)
-        with torch.no_grad():
-            for name, weight in policy.model.named_parameters():
-                noisy = original[name] + noise * torch.randn(weight.shape, generator=g).to(weight)
-                weight.copy_(noisy.bfloat16())                      # as a checkpoint in bfloat16 holds it
+        for name, weight in policy.model.named_parameters():
+            noisy = original[name] + noise * torch.randn(weight.shape, generator=g).to(weight)
+            weight.data.copy_(noisy.bfloat16())                     # as a checkpoint in bfloat16 holds it
     expected = {}
     for noise in (0.0, 0.05):
         set_weights(noise)
         dirl.save_policy(policy, str(tmp_path / f"{noise}"))
-        saved = dirl.load_policy(str(tmp_path / f"{noise}"), c)
-        expected[noise] = lmdeploy_engine(saved, c).generate(prompts, keys, greedy=True)
+        expected[noise] = lmdeploy_engine(dirl.load_policy(str(tmp_path / f"{noise}"), c), c).generate(prompts, keys, greedy=True)
     assert any(a.output.tolist() != b.output.tolist() for a, b in zip(*expected.values()))
     engine = lmdeploy_engine(policy, c)
     agent = engine.engine.executor.model_agent
-    for orders in (("update",), ("sleep", "update"), ("update", "sleep", "update"), ("sleep", "sleep", "update"),
-                   ("update", "update")):
+    for orders in ("update", "sleep update", "update sleep update", "sleep sleep update", "update update"):
         for noise in (0.0, 0.05):
             set_weights(noise)
             model = agent.patched_model.get_model()
-            for name in orders:
+            for name in orders.split():
                 {"update": engine.update_weights, "sleep": engine.sleep}[name]()
             assert_same(expected[noise], engine.generate(prompts, keys, greedy=True))
             assert (agent.patched_model.get_model() is model) == ("sleep" not in orders)     # awake, nothing is built anew
 
 
 def test_lmdeploy_weights_that_do_not_arrive_are_an_error(policies, lmdeploy_engine, monkeypatch):
-    policy = copy.copy(policies(4))
-    engine = lmdeploy_engine(policy, flags())
+    engine = lmdeploy_engine(policies(4), flags())
     model = type(engine.engine.executor.model_agent.patched_model.get_model())
     monkeypatch.setattr(model, "load_weights", lambda self, weights: None)
     engine.update_weights()                                         # the same ones: nothing is stale
-    wrong = "model.norm.weight", torch.full((128,), 1.01)
-    monkeypatch.setattr(dirl.Policy, "named_weights", lambda self, dtype: iter([wrong]))
+    monkeypatch.setattr(dirl.Policy, "named_weights", lambda self, dtype: [("model.norm.weight", torch.full((128,), 1.01))])
     with pytest.raises(RuntimeError, match="model.norm.weight"):
         engine.update_weights()
 
 
 def test_lmdeploy_a_failed_request_is_an_error_that_names_it(policies, lmdeploy_engine, monkeypatch):
-    policy, c = policies(4), flags("--max-new-tokens", 40, "--max-length", 60)
-    engine = lmdeploy_engine(policy, c)
+    engine = lmdeploy_engine(policies(4), flags("--max-new-tokens", 40, "--max-length", 60))
     with pytest.raises(RuntimeError, match="prompt of 90 tokens"):
         engine.generate([[1] * 5, [1] * 90], [(0, 0), (0, 1)])
     stream = engine.instance.async_stream_infer
@@ -1234,6 +1129,7 @@ def test_lmdeploy_stops_in_the_block_that_the_prompt_begins(policies, lmdeploy_e
 
 
 @pytest.mark.parametrize("name", ["torch", "lmdeploy"])
+@torch.no_grad()
 def test_rollouts_of_one_prompt_differ_and_follow_the_policy(policies, lmdeploy_engine, name):
     """Stock LMDeploy gives 16 rollouts of a prompt 4 different outputs (seeds tiled in the wrong order)."""
     policy, prompt = copy.copy(policies(4)), prompts_of_every_remainder(policies(4))[6]
@@ -1242,16 +1138,13 @@ def test_rollouts_of_one_prompt_differ_and_follow_the_policy(policies, lmdeploy_
     engine = {"torch": dirl.TorchEngine, "lmdeploy": lmdeploy_engine}[name](policy, c)
     made = engine.generate([prompt] * n, [(9, i) for i in range(n)])
     assert len({tuple(t.output.tolist()) for t in made[:16]}) == 16
-    with torch.no_grad():
-        p = slow_log_policy(policy, slow_logits(policy, torch.tensor([*prompt, policy.mask_id]))[-1]).exp()
-    counts = torch.stack([t.output[0] for t in made]).bincount(minlength=len(p))
-    assert abs(chi_square(counts, n * p.double())) < 4
+    p = slow_log_policy(policy, slow_logits(policy, torch.tensor([*prompt, policy.mask_id]))[-1]).exp()
+    assert abs(chi_square(torch.stack([t.output[0] for t in made]).bincount(minlength=len(p)), n * p.double())) < 4
     # Of all tokens: where in its distribution function each one was drawn is uniform, and independent of the others.
     g, places = torch.Generator().manual_seed(0), []
     for row in rows_of(policy, documents_of(policy, made), 1000):
-        with torch.no_grad():
-            hidden = policy.hidden(row["ids"][None], row["pos"][None], dense(row, 4)[None, None])[0, row["reads"]]
-            p = slow_log_policy(policy, hidden @ policy.model.lm_head.weight.T).double().exp()
+        hidden = policy.hidden(row["ids"][None], row["pos"][None], dense(row, 4)[None, None])[0, row["reads"]]
+        p = slow_log_policy(policy, hidden @ policy.model.lm_head.weight.T).double().exp()
         here, below = (x.gather(1, row["target"][:, None])[:, 0] for x in (p, p.cumsum(1)))
         places.append(below - here * torch.rand(len(here), generator=g))
     places = torch.cat(places).view(n, 9)
@@ -1261,44 +1154,36 @@ def test_rollouts_of_one_prompt_differ_and_follow_the_policy(policies, lmdeploy_
 
 
 def test_rl_with_lmdeploy(trained, lmdeploy_engine, tmp_path, monkeypatch, capsys):
-    """A few steps of the tiny model: sampler and trainer agree at every step, awake and with --sleep, and the engine ends with
-    the trainer's weights."""
+    """Sampler and trainer agree at every step, awake and with --sleep, and the engine ends with the trainer's weights."""
     monkeypatch.setattr(dirl, "WARMUP", 0)
     monkeypatch.setattr(dirl, "HELD_OUT", 8)
-    engines = []
-    build, close = dirl.LMDeployEngine.__init__, dirl.LMDeployEngine.close
-
-    def small(self, policy, c):
-        options = {} if torch.cuda.is_available() else {"num_gpu_blocks": 400, "block_size": 16, "eager_mode": True}
-        build(self, policy, c, **options)
-        engines.append(self)
-    monkeypatch.setattr(dirl.LMDeployEngine, "__init__", small)
-    monkeypatch.setattr(dirl.LMDeployEngine, "close", lambda self: None)
-    out = str(tmp_path / "run")
-    start = os.path.join(trained, "sft")
-    argv = ["--model", start, "--engine", "lmdeploy", "--prompts", "4", "--group-size", "4", "--lr", "1e-3"]
+    engines, close, out = [], dirl.LMDeployEngine.close, str(tmp_path / "run")
+    build = functools.partialmethod(dirl.LMDeployEngine.__init__, num_gpu_blocks=400, block_size=16, eager_mode=True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(dirl.LMDeployEngine, "__init__", build)
+    monkeypatch.setattr(dirl.LMDeployEngine, "close", lambda self: engines.append(self))     # the run's end: ours comes later
+    model = ["--model", os.path.join(trained, "sft")]
+    argv = [*model, "--engine", "lmdeploy", "--prompts", "4", "--group-size", "4", "--lr", "1e-3"]
     parts = [*argv, "--out", out + " in two parts", "--sleep"]
     dirl.main([*parts, "--steps", "2"])
     dirl.main([*parts, "--steps", "4", "--resume"])                 # a new engine takes the resumed weights
-    for engine in engines:
-        close(engine)
-    engines.clear()
+    while engines:
+        close(engines.pop())
     dirl.main([*argv, "--out", out, "--steps", "4"])
     whole, parts = (metrics(x, "rl") for x in (out, out + " in two parts"))
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
     assert all(a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in zip(whole, parts))
     assert len(whole) == 4 and all(line["logp_gap"] is None or line["logp_gap"] < 1e-3 for line in whole + parts)
     assert any(line["logp_gap"] is not None for line in whole) and all("seconds_weights" in line for line in whole)
-    c = flags("--max-new-tokens", 48)
+    monkeypatch.undo()
+    c, keys, (engine,) = flags("--max-new-tokens", 48), [(0, i) for i in range(8)], engines
     saved = dirl.load_policy(os.path.join(out, "rl"), c)
     prompts = [saved.prompt([{"role": "user", "content": dirl.arithmetic(i)[0]}]) for i in range(8)]
-    monkeypatch.undo()
-    keys, (engine,) = [(0, i) for i in range(8)], engines
     assert_same(lmdeploy_engine(saved, c).generate(prompts, keys, greedy=True), engine.generate(prompts, keys, greedy=True))
     close(engine)
     monkeypatch.setattr(dirl, "MAX_LOGP_GAP", 1e-12)
     with pytest.raises(SystemExit):                                 # a gap is an end, with the step's line written
-        dirl.main(["--model", start, "--out", out + "2", "--steps", "3", "--prompts", "4"])
+        dirl.main([*model, "--out", out + "2", "--steps", "3", "--prompts", "4"])
     assert "MAX_LOGP_GAP" in capsys.readouterr().err and len(metrics(out + "2", "rl")) == 1
 
 
