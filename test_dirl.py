@@ -1199,7 +1199,6 @@ def test_lmdeploy_gets_its_memory_and_one_without_the_patch_point_is_an_error(po
 
 # ---- CUDA kernels without a GPU: Triton's interpreter runs them on CPU tensors ------------------------------------------
 
-
 def in_triton_interpreter(test):
     """The test, in a pytest of its own: triton looks at TRITON_INTERPRET when it is imported. There LMDeploy compiles nothing:
     its thread does not see torch._dynamo.config.disable."""
@@ -1218,11 +1217,11 @@ def fast_interpreter(capability):
     language once instead of at every call, and does not look for integers that overflow."""
     import triton
     from triton.runtime import interpreter
-    language, builder = triton.language, interpreter.interpreter_builder
+    language = triton.language
     if not hasattr(interpreter, "patched"):                         # before LMDeploy's kernels keep tl.exp2
         interpreter.patched = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
         interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-        builder.options = replace(builder.options, sanitize_overflow=False)
+        interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     target = triton.backends.compiler.GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     return interpreter
@@ -1241,8 +1240,8 @@ def test_lmdeploy_kernels_decode_as_our_sampler(policies, lmdeploy_engine, monke
     fast_interpreter((8, 0))
     from lmdeploy.pytorch.backends.cuda import CudaOpsBackend
     monkeypatch.setattr(selector, "_get_backend", lambda: CudaOpsBackend)
-    folder, c = policies(B).folder, flags("--block-size", B, "--max-new-tokens", 6, "--threshold", 0.2, "--slots", 8)
-    policy, g = dirl.load_policy(folder, c), torch.Generator().manual_seed(0)
+    c = flags("--block-size", B, "--max-new-tokens", 6, "--threshold", 0.2, "--slots", 8)
+    policy, g = dirl.load_policy(policies(B).folder, c), torch.Generator().manual_seed(0)
     engine, every = lmdeploy_engine(policy, c), prompts_of_every_remainder(policy)
     attention = engine.engine.executor.model_agent.patched_model.get_model().model.layers[0].self_attn.attn_fwd.impl
     assert type(attention).__name__ == "TritonAttentionImpl"
@@ -1268,7 +1267,6 @@ def test_lmdeploy_kernels_decode_as_our_sampler(policies, lmdeploy_engine, monke
 def flex_kernels_on_cpu():
     """torch.compile(flex_attention) as on sm_90: inductor's Triton templates, forward and backward, on CPU tensors. For a process
     of its own: all this stays patched."""
-    import inspect
     import numpy as np
     import torch._inductor.lowering                                 # registers what is lowered
     from torch._dynamo.device_interface import CpuInterface
@@ -1277,8 +1275,7 @@ def flex_kernels_on_cpu():
     from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
     interpreter = fast_interpreter((9, 0))
     import triton.language as tl
-    config.cpu_backend = "triton"
-    config.fx_graph_cache = False
+    config.cpu_backend, config.fx_graph_cache = "triton", False
     torch.nn.attention.flex_attention._validate_device = lambda *tensors: None
     CpuInterface.raise_if_triton_unavailable = staticmethod(lambda device=None: None)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
@@ -1288,23 +1285,20 @@ def flex_kernels_on_cpu():
     exec(source.replace('.type == "cpu"', '.type == "none"'), vars(lowering))                  # backward needs:
     lowering._sanitize_kernel_options_for_triton = lambda given: options({**given, "OUTPUT_LOGSUMEXP": True})
     # The interpreter holds bfloat16 as its bits: dot would multiply those, and a cast would not round to nearest.
-    dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
+    Builder, tensor = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = Builder.create_dot, Builder.cast_impl
 
     def wide(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return tensor((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     def cast_rounding(self, x, to):
         kinds = x.dtype.scalar, to.scalar
-        if kinds == (tl.bfloat16, tl.float32):
-            return wide(x)
         if kinds == (tl.float32, tl.bfloat16):
             bits = np.ascontiguousarray(x.data).view(np.uint32)
-            return interpreter.TensorHandle((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16), tl.bfloat16)
-        return cast(self, x, to)
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
-    interpreter.InterpreterBuilder.cast_impl = cast_rounding
+            return tensor((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16), tl.bfloat16)
+        return wide(x) if kinds == (tl.bfloat16, tl.float32) else cast(self, x, to)
+    Builder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+    Builder.cast_impl = cast_rounding
 
 
 def flex_case(D, dtype, N=384):
@@ -1318,18 +1312,14 @@ def flex_case(D, dtype, N=384):
 
 
 def flex_errors(sees, blocks, qkv, upstream=None):
-    """Relative errors of out, dq, dk, dv under the BlockMask, against the whole score matrix in float64;
-    of out alone without the gradient of out."""
-    def dense(q, k, v):
-        i = torch.arange(q.shape[2])
-        scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * q.shape[3]**-0.5
-        scores = scores.masked_fill(~sees(0, 0, i[:, None], i), -torch.inf)
-        return (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    """Relative errors of out, with its gradient also of dq, dk, dv, under the BlockMask; against all scores in float64."""
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    out, expected = dirl.attention(None, *qkv, blocks, qkv[0].shape[3]**-0.5)[0], dense(*exact)
-    found, expected = [out], [expected]
+    q, k, v = exact[0], *(x.repeat_interleave(2, 1) for x in exact[1:])
+    i, scale = torch.arange(q.shape[2]), q.shape[3]**-0.5
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~sees(0, 0, i[:, None], i), -torch.inf)
+    found, expected = [dirl.attention(None, *qkv, blocks, scale)[0]], [(scores.softmax(-1) @ v).transpose(1, 2)]
     if upstream is not None:
-        found += torch.autograd.grad(out, qkv, upstream)
+        found += torch.autograd.grad(found[0], qkv, upstream)
         expected += torch.autograd.grad(expected[0], exact, upstream.double())
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
 
@@ -1337,8 +1327,8 @@ def flex_errors(sees, blocks, qkv, upstream=None):
 @in_triton_interpreter
 def test_flex_kernels_under_the_block_mask_are_dense_attention_and_tell_wrong_masks():
     flex_kernels_on_cpu()
-    half, single = torch.bfloat16, torch.float32
-    for D, dtype, most in ((32, half, 4e-3), (64, half, 4e-3), (128, half, 4e-3), (32, single, 1e-5)):
+    half = torch.bfloat16
+    for D, dtype, most in ((32, half, 4e-3), (64, half, 4e-3), (128, half, 4e-3), (32, torch.float32, 1e-5)):
         sees, *case = flex_case(D, dtype)
         right = dirl.block_mask(sees, 384, "cpu")
         errors = flex_errors(sees, right, *case)
@@ -1366,20 +1356,83 @@ def test_flex_kernels_are_compiled_or_it_is_an_error(monkeypatch):
             compiled(q, q, q, block_mask=blocks)
 
 
-# ---- data and reward --------------------------------------------------------------------------------------------
+# ---- flags and files of the tests below ---------------------------------------------------------------------------
 
+def words(*argv):
+    """Flags as main takes them; a text that begins with -- is split at its spaces, and an empty one is none."""
+    return [word for x in map(str, argv) for word in (x.split() if x[:2] in ("--", "") else [x])]
+
+
+def main(*argv):
+    dirl.main(words(*argv))
+
+
+def refused(captured, *argv, quiet=False):
+    """The one line with which main ends, at exit code 2, after a progress bar if there is one; quiet: nothing else is said."""
+    with pytest.raises(SystemExit) as stop:
+        main(*argv)
+    out, err = captured.readouterr()
+    before, line = err.split("dirl.py: error: ")
+    assert stop.value.code == 2 and line.endswith("\n") and line.count("\n") == 1 and "Traceback" not in err, err
+    assert not quiet or before + out == "", (out, err)
+    return line[:-1]
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def jsonl(path, *records, answer="3"):
+    """Write records into a file, one a line; a text is the question of a problem."""
+    records = (x if isinstance(x, dict) else {"question": x, "answer": answer} for x in records)
+    Path(path).write_text("".join(json.dumps(x) + "\n" for x in records))
+
+
+def lines_of(*path):
+    """Of a .jsonl file, in which no number is a bare NaN or Infinity."""
+    with open(os.path.join(*path), encoding="utf-8") as file:
+        return [json.loads(line, parse_constant=pytest.fail) for line in file]
+
+
+def without(mapping, *names):
+    return {key: value for key, value in mapping.items() if key not in names}
+
+
+def without_seconds(out, stage="rl"):
+    """A run's metrics, which are then the same for the same run."""
+    return [without(line, *(x for x in line if x.startswith("seconds"))) for line in lines_of(out, f"{stage}.metrics.jsonl")]
+
+
+def noting(calls, name, function=lambda *args: None):
+    """A function that notes its name in a list, every time it is called."""
+    def call(*args, **more):
+        calls.append(name)
+        return function(*args, **more)
+    return call
+
+
+def files_under(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def short_runs(monkeypatch, held_out=0):
+    """One round of rollouts a step, no warm-up, few or no evaluations: what `short_script` says to a process of its own."""
+    for name, value in (("WARMUP", 0), ("MAX_ROUNDS", 1), ("HELD_OUT", held_out)):
+        monkeypatch.setattr(dirl, name, value)
+
+
+# ---- data and reward --------------------------------------------------------------------------------------------
 
 def test_reward_on_a_table_of_answers():
     long = "1" + "0" * 300
-    table = [(r"so \boxed{42}", "42", 1), (r"\boxed{41} no, \boxed{42}", "42", 1), (r"\boxed{42} no, \boxed{41}", "42", 0),
-             ("42", "42", 0), (r"\boxed{\frac{1}{2}}", "0.5", 1), (r"\boxed{0.5}", r"\frac{1}{2}", 1),
-             (r"\boxed{1,000}", "1000", 1), (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1),
-             (r"\boxed{}", "42", 0), (r"\boxed{42", "42", 0), ("", "42", 0), (r"\boxed{-3}", "3", 0),
-             (r"\boxed{(1,2)}", "(1,2)", 1), (r"\boxed{18\text{ dollars}}", "18", 1), (r"\boxed{\text{no}}", "42", 0),
-             (r"\boxed{10,\!000}", "10000", 1), (r"\boxed{10000}", r"10,\!000", 1), (r"\boxed{3.}", "3", 1),
-             (r"$\boxed 3$", "3", 1),
-             (r"\boxed{3}", "3.", 1), (rf"\boxed{{{long}}}", long, 1), (rf"\boxed{{{long}0}}", long, 0),
-             (rf"\boxed{{{long}}}", "1", 0)]
+    table = [
+        (r"so \boxed{42}", "42", 1), (r"\boxed{41} no, \boxed{42}", "42", 1), (r"\boxed{42} no, \boxed{41}", "42", 0),
+        ("42", "42", 0), (r"\boxed{\frac{1}{2}}", "0.5", 1), (r"\boxed{0.5}", r"\frac{1}{2}", 1), (r"\boxed{1,000}", "1000", 1),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1), (r"\boxed{}", "42", 0), ("", "42", 0),
+        (r"\boxed{42", "42", 0), (r"\boxed{-3}", "3", 0), (r"\boxed{(1,2)}", "(1,2)", 1), (r"\boxed{\text{no}}", "42", 0),
+        (r"\boxed{18\text{ dollars}}", "18", 1), (r"\boxed{10,\!000}", "10000", 1), (r"\boxed{10000}", r"10,\!000", 1),
+        (r"\boxed{3.}", "3", 1), (r"$\boxed 3$", "3", 1), (r"\boxed{3}", "3.", 1), (rf"\boxed{{{long}}}", long, 1),
+        (rf"\boxed{{{long}0}}", long, 0), (rf"\boxed{{{long}}}", "1", 0)]
     for answer, truth, expected in table:
         assert dirl.math_reward(answer, truth) == expected, (answer, truth)
     assert dirl.arithmetic_reward("1+1=2,2+3=5", "5") == 1 and dirl.arithmetic_reward("1+1=2,2+3=5,", "5") == 0
@@ -1393,24 +1446,19 @@ def test_reward_on_a_table_of_answers():
     r"\boxed{\x00\ud83d}", r"\boxed{\sum_{i=1}^{10^{12}} i^i}", r"\boxed{2^{2^{2^{2^{2^{2}}}}}}"])
 def test_hostile_answers_earn_nothing_and_stop_nothing(answer):
     start = time.perf_counter()
-    assert dirl.math_reward(answer, "42") == 0
-    assert time.perf_counter() - start < 5
+    assert dirl.math_reward(answer, "42") == 0 and time.perf_counter() - start < 5
 
 
 def test_built_in_task():
-    questions, remainders, lengths, rewards = set(), set(), [], []
-    for i in range(400):
-        question, work, truth = dirl.arithmetic(i)
-        assert str(eval(question.rstrip("="))) == truth             # the chain itself
-        for term in work.split(","):
-            left, right = term.split("=")
-            assert str(eval(left)) == right
-        questions.add(question)
-        remainders.add((len(question) + 3) % 4)
-        lengths.append((len(work) + 1) / 4)
-        rewards.append(dirl.arithmetic_reward(work, truth))
-    assert remainders == {0, 1, 2, 3} and sum(lengths) / 400 >= 3 and len(questions) > 350
-    assert abs(sum(rewards) / 400 - 0.25) < 0.06                    # two of eight demonstrations are right
+    made = [dirl.arithmetic(i) for i in range(400)]
+    for question, work, truth in made:                              # the chain itself, and its terms
+        assert str(eval(question.rstrip("="))) == truth
+        assert all(str(eval(left)) == right for left, right in (term.split("=") for term in work.split(",")))
+    questions = {question for question, _, _ in made}
+    assert {(len(question) + 3) % 4 for question in questions} == {0, 1, 2, 3} and len(questions) > 350
+    assert sum((len(work) + 1) / 4 for _, work, _ in made) / 400 >= 3
+    right = sum(dirl.arithmetic_reward(work, truth) for _, work, truth in made) / 400
+    assert abs(right - 0.25) < 0.06                                 # two of eight demonstrations are right
     held_out = {dirl.arithmetic(i, held_out=True)[0] for i in range(300)}
     assert not questions & held_out and dirl.arithmetic(5) == dirl.arithmetic(5)
 
@@ -1420,11 +1468,10 @@ def test_problems_in_the_formats_of_dirl_gsm8k_math_and_big_math(tmp_path, capsy
                {"problem": "c", "solution": r"thus \boxed{\frac{1}{2}}."}, {"problem": "d", "answer": "x"}]
     for name, text in (("p.json", json.dumps(records)), ("p.jsonl", "\n\n".join(map(json.dumps, records)) + "\n")):
         (tmp_path / name).write_text(text)
-        assert dirl.read_records(str(tmp_path / name), "--data", "rl") == [("a", "3"), ("b", "1,234"), ("c", r"\frac{1}{2}"),
-                                                                           ("d", "x")]
-    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    (tmp_path / "c.json").write_text(json.dumps([{"messages": [user, assistant, user, assistant, user]}]))
-    assert dirl.read_records(str(tmp_path / "c.json"), "--data", "sft") == [[user, assistant, user, assistant]]
+        found = dirl.read_records(str(tmp_path / name), "--data", "rl")
+        assert found == [("a", "3"), ("b", "1,234"), ("c", r"\frac{1}{2}"), ("d", "x")]
+    (tmp_path / "c.json").write_text(json.dumps([{"messages": chat("q", "a") * 2 + chat("q", "a")[:1]}]))
+    assert dirl.read_records(str(tmp_path / "c.json"), "--data", "sft") == [chat("q", "a") * 2]
     assert capsys.readouterr() == ("", "")
 
 
@@ -1433,24 +1480,17 @@ def test_bad_records_are_skipped_and_counted_while_there_are_more_good_ones(tmp_
             {"question": "c", "ground_truth_answer": "", "answer": "work\n#### 7"}, {"question": "d", "answer": 0}]
     bad = ['{"question": "e"}', '{"question": null, "answer": "1"}', '{"question": "f", "answer": "####"}', "{", "[1]"]
     path, lines = tmp_path / "p.jsonl", list(map(json.dumps, good))
-
-    def read():
-        return dirl.read_records(str(path), "--eval-data", "rl")
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join([bad[0], lines[0], *bad[1:3], *lines[1:]]).encode())        # a BOM
-    assert read() == [("a", "2"), ("b", "5"), ("c", "7"), ("d", "0")]
+    assert dirl.read_records(str(path), "--eval-data", "rl") == [("a", "2"), ("b", "5"), ("c", "7"), ("d", "0")]
     assert capsys.readouterr().out == f"--eval-data {path}: 3 of 7 records are bad, the first is number 1; they are skipped\n"
     (tmp_path / "p.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([*good, 3]).encode())
     assert len(dirl.read_records(str(tmp_path / "p.json"), "--data", "rl")) == 4 and "1 of 5 records" in capsys.readouterr().out
     for n in (4, 5):                                                # as many bad as good ones, or more
         path.write_text("\n".join([*lines, *bad[:n]]))
-        with pytest.raises(SystemExit) as stop:
-            read()
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2 and not out and err.count("\n") == 1
-        assert f"{n} of {4 + n} records are bad, the first is number 5" in err
-    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 3
-    chats += [[{"role": "user", "content": "q"}], [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]]
-    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+        line = refused(capsys, "--stage eval --model nowhere --data", path, quiet=True)
+        assert f"{n} of {4 + n} records are bad, the first is number 5" in line
+    chats = [chat("q", "a")] * 3 + [chat("q", "a")[:1], chat("q", None)]
+    jsonl(path, *({"messages": x} for x in chats))
     assert dirl.read_records(str(path), "--data", "sft") == chats[:3] and "2 of 5 records are bad" in capsys.readouterr().out
 
 
@@ -1462,76 +1502,32 @@ def test_nth_walks_through_every_item_of_an_epoch():
 
 # ---- checkpoints, flags, runs -------------------------------------------------------------------------------------
 
-
-def test_sdar_save_and_load(policies, tmp_path):
+def weights_of(folder):
     from safetensors.torch import load_file
-    source, folder = policies(4).folder, str(tmp_path / "copy")
-    c = flags()
-    policy = dirl.load_policy(source, c)
-    os.makedirs(os.path.join(source, "subfolder"), exist_ok=True)
-    dirl.save_policy(policy, folder)
-    before, after = (load_file(os.path.join(f, "model.safetensors")) for f in (source, folder))
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    assert "model.layers.0.self_attn.q_norm.weight" in after and "lm_head.weight" in after
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        with open(os.path.join(source, name), "rb") as a, open(os.path.join(folder, name), "rb") as b:
-            assert a.read() == b.read()
-    again = dirl.load_policy(folder, c)
-    for a, b in zip(policy.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    config = json.load(open(os.path.join(folder, "config.json")))
-    assert config["model_type"] == "sdar" and config["rope_theta"] == 30.0 and config["torch_dtype"] == "float32"
-    assert again.model.config._attn_implementation == "dirl"
+    return load_file(os.path.join(folder, "model.safetensors"))
 
 
-def tied_copy(source, folder, **changes):
-    """A copy of a checkpoint in bfloat16 with tied embeddings, and with a program in it."""
-    from safetensors.torch import load_file, save_file
-    shutil.copytree(source, folder)
-    path = os.path.join(folder, "config.json")
-    config = json.load(open(path)) | {"tie_word_embeddings": True, "torch_dtype": "bfloat16",
-                                      "auto_map": {"AutoConfig": "evil.SDARConfig",
-                                                   "AutoModelForCausalLM": "evil.SDARForCausalLM",
-                                                   "AutoTokenizer": ["evil.SDARTokenizer", None]}} | changes
-    json.dump(config, open(path, "w"))
-    with open(os.path.join(folder, "evil.py"), "w") as file:
-        file.write("raise SystemExit('executed')")
-    weights = load_file(os.path.join(folder, "model.safetensors"))
-    weights.pop("lm_head.weight")
-    save_file({k: v.bfloat16() for k, v in weights.items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    return folder
-
-
-def test_a_bfloat16_tied_checkpoint_with_a_foreign_attention_setting(policies, tmp_path):
-    from safetensors.torch import load_file
-    folder = tied_copy(policies(4).folder, str(tmp_path / "tied"), attn_implementation="flex_attention", rope_theta=1e6,
-                       eos_token_id=[256, 257])
-    weights, c = load_file(os.path.join(folder, "model.safetensors")), flags()
-    policy = dirl.load_policy(folder, c)
-    assert policy.model.config.rope_parameters["rope_theta"] == 1e6 and policy.eos_id == 256
-    assert policy.model.lm_head.weight.data_ptr() == policy.model.model.embed_tokens.weight.data_ptr()
-    assert len(rollouts(policy, n=2)[1]) == 2
-    dirl.save_policy(policy, str(tmp_path / "out"))
-    saved = load_file(str(tmp_path / "out" / "model.safetensors"))
-    assert "lm_head.weight" not in saved and {v.dtype for v in saved.values()} == {torch.bfloat16}
-    assert all(torch.equal(saved[k], weights[k].bfloat16()) for k in saved)
-    config = dirl.read_json(tmp_path / "out" / "config.json")
-    assert config["auto_map"]["AutoConfig"] == "evil.SDARConfig" and (tmp_path / "out" / "evil.py").exists()     # its own, kept
+def changed_weights(folder, change):
+    from safetensors.torch import save_file
+    save_file(change(weights_of(folder)), os.path.join(folder, "model.safetensors"), {"format": "pt"})
 
 
 def changed_copy(source, folder, drop=(), **changes):
     """A copy of a checkpoint with another config.json."""
     shutil.copytree(source, folder)
     config = dirl.read_json(os.path.join(folder, "config.json"))
-    dirl.write_json(os.path.join(folder, "config.json"), {k: v for k, v in (config | changes).items() if k not in drop})
+    dirl.write_json(os.path.join(folder, "config.json"), without(config | changes, *drop))
     return folder
 
 
-def changed_weights(path, change):
-    from safetensors.torch import load_file, save_file
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, {"format": "pt"})
+def tied_copy(source, folder, **changes):
+    """A copy of a checkpoint in bfloat16 with tied embeddings, and with a program in it."""
+    program = {"AutoConfig": "evil.SDARConfig", "AutoModelForCausalLM": "evil.SDARForCausalLM",
+               "AutoTokenizer": ["evil.SDARTokenizer", None]}
+    changed_copy(source, folder, **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "auto_map": program} | changes)
+    Path(folder, "evil.py").write_text("raise SystemExit('executed')")
+    changed_weights(folder, lambda w: {name: x.bfloat16() for name, x in without(w, "lm_head.weight").items()})
+    return folder
 
 
 def without_mask_token(folder, rows):
@@ -1539,187 +1535,150 @@ def without_mask_token(folder, rows):
     path = Path(folder, "tokenizer.json")
     path.write_text(path.read_text().replace("<|MASK|>", "<|unused|>"))
     path = Path(folder, "tokenizer_config.json")
-    dirl.write_json(path, {k: v for k, v in dirl.read_json(path).items() if k != "mask_token"})
-    changed_weights(os.path.join(folder, "model.safetensors"), lambda weights: weights.update(
-        {x: torch.cat([weights[x], torch.zeros(rows - len(weights[x]), 128)])
-         for x in ("model.embed_tokens.weight", "lm_head.weight")}))
+    dirl.write_json(path, without(dirl.read_json(path), "mask_token"))
+    changed_weights(folder, lambda w: w | {x: torch.cat([w[x], torch.zeros(rows - len(w[x]), 128)])
+                                           for x in ("model.embed_tokens.weight", "lm_head.weight")})
+
+
+def test_a_bfloat16_tied_checkpoint_with_a_foreign_attention_setting(policies, tmp_path):
+    folder = tied_copy(policies(4).folder, str(tmp_path / "tied"), attn_implementation="flex_attention", rope_theta=1e6,
+                       eos_token_id=[256, 257])
+    out, weights, policy = tmp_path / "out", weights_of(folder), dirl.load_policy(folder, flags())
+    assert policy.model.config.rope_parameters["rope_theta"] == 1e6 and policy.eos_id == 256
+    assert policy.model.lm_head.weight.data_ptr() == policy.model.model.embed_tokens.weight.data_ptr()
+    assert len(rollouts(policy, n=2)[1]) == 2
+    dirl.save_policy(policy, str(out))
+    saved, config = weights_of(out), dirl.read_json(out / "config.json")
+    assert "lm_head.weight" not in saved and {v.dtype for v in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[k], weights[k].bfloat16()) for k in saved)
+    assert config["auto_map"]["AutoConfig"] == "evil.SDARConfig" and (out / "evil.py").exists()        # its own, kept
 
 
 CHOICES = {"mask_token_id", "block_size"}
-KINDS = {  # checkpoint: (flags, what its config.json lacks, what it says otherwise)
-    "sdar that does not say": ((), CHOICES, {}),
-    "sdar with its program": ((), (), {"auto_map": {"AutoModel": "modeling_sdar.SDARForCausalLM"}}),
-    "a2d-qwen3": (("--block-size", 2), CHOICES, {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"],
-                                                 "auto_map": {"AutoModel": "tokenizer.A2DQwen3LMHeadModel"}}),
-    "qwen3": ((), CHOICES, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
-    "qwen3 of newer transformers": (("--block-size", 8), CHOICES
-                                    | {"rope_theta", "torch_dtype", "rope_scaling", "use_sliding_window"}, {
-        "model_type": "qwen3", "dtype": "float32", "layer_types": ["full_attention"] * 2,
+QWEN3, SCALED = {"model_type": "qwen3"}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+KINDS = {  # checkpoint: (--block-size, what its config.json lacks, what it says otherwise)
+    "sdar": (None, set(), {}), "sdar that does not say": (None, CHOICES, {}),
+    "sdar with its program": (None, set(), {"auto_map": {"AutoModel": "modeling_sdar.SDARForCausalLM"}}),
+    "a2d-qwen3": (2, CHOICES, {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"],
+                               "auto_map": {"AutoModel": "tokenizer.A2DQwen3LMHeadModel"}}),
+    "qwen3": (None, CHOICES, QWEN3 | {"architectures": ["Qwen3ForCausalLM"]}),
+    "qwen3 of newer transformers": (8, CHOICES | {"rope_theta", "torch_dtype", "rope_scaling", "use_sliding_window"}, QWEN3 | {
+        "dtype": "float32", "layer_types": ["full_attention"] * 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 30.0}}),
-    "rope that is scaled": ((), {"rope_theta"}, {
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 30.0, "factor": 4.0, "original_max_position_embeddings": 1024}}),
-    "tied": ((), CHOICES, {"model_type": "qwen3", "tie_word_embeddings": True}),
-    "no mask token": ((), CHOICES, {"model_type": "qwen3", "vocab_size": 264})}
+    "rope that is scaled": (None, {"rope_theta"}, {"rope_parameters": SCALED | {"rope_theta": 30.0}}),
+    "tied": (None, CHOICES, QWEN3 | {"tie_word_embeddings": True}),
+    "no mask token": (None, CHOICES, QWEN3 | {"vocab_size": 264})}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_as_they_come_are_trained_and_leave_as_sdar(policies, tmp_path, capsys, kind):
     import transformers
-    from safetensors.torch import load_file
-    argv, lacks, changes = KINDS[kind]
-    folder, out = changed_copy(policies(4).folder, str(tmp_path / "source"), lacks, **changes), str(tmp_path / "out")
-    Path(folder, "README.md").write_bytes(b"\xff\r\n")
+    given, lacks, changes = KINDS[kind]
+    folder, out = changed_copy(policies(4).folder, tmp_path / "source", lacks, **changes), tmp_path / "out" / "sft"
+    (folder / "README.md").write_bytes(b"\xff\r\n")
+    (folder / "subfolder").mkdir()
     if kind == "sdar with its program":
-        Path(folder, "modeling_sdar.py").write_text("raise SystemExit('executed')")
+        (folder / "modeling_sdar.py").write_text("raise SystemExit('executed')")
     if kind == "tied":
-        changed_weights(os.path.join(folder, "model.safetensors"), lambda w: w.pop("lm_head.weight"))
+        changed_weights(folder, lambda w: without(w, "lm_head.weight"))
     if kind == "no mask token":
         without_mask_token(folder, 264)
-    files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    B = int(argv[1]) if argv else 4
-    mask_id = 262 if kind == "no mask token" else policies(4).mask_id
-    dirl.main(["--stage", "sft", "--model", folder, "--steps", "1", "--batch", "2", "--lr", "1e-3", "--out", out,
-               *map(str, argv)])
+    files = files_under(folder)
+    B, mask_id = given or 4, 262 if kind == "no mask token" else policies(4).mask_id
+    main("--stage sft --steps 1 --batch 2 --lr 1e-3", f"--block-size {B}" * bool(given), "--model", folder, "--out", out.parent)
     said = f"{folder}: its config.json does not say, so chosen here: mask_token_id {mask_id}, block_size {B}\n"
-    assert (said in capsys.readouterr().out) == (lacks >= CHOICES if lacks else False)
-    line, = metrics(out, "sft")
+    assert (said in capsys.readouterr().out) == (lacks >= CHOICES)
+    (line,), saved = metrics(out.parent, "sft"), dirl.read_json(out / "config.json")
     assert line["loss"] > 0 and line["grad_norm"] > 0
-    saved = dirl.read_json(os.path.join(out, "sft", "config.json"))
-    assert (saved["model_type"], saved["architectures"]) == ("sdar", ["SDARForCausalLM"])
-    assert (saved["mask_token_id"], saved["block_size"], saved["torch_dtype"]) == (mask_id, B, "float32")
-    assert saved["rope_theta"] == 30.0
+    assert saved | {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "mask_token_id": mask_id, "block_size": B,
+                    "torch_dtype": "float32", "rope_theta": 30.0} == saved
     assert not {"dtype", "layer_types", "rope_parameters"} & set(saved)
     assert ("auto_map" in saved) == (kind == "sdar with its program")
-    own = {"config.json", "model.safetensors"} | ({"tokenizer.json", "tokenizer_config.json"} if kind == "no mask token"
-                                                  else set())
-    assert set(os.listdir(os.path.join(out, "sft"))) == set(files)
-    for name in set(files) - own:
-        assert Path(out, "sft", name).read_bytes() == files[name], name
-    assert transformers.PreTrainedTokenizerFast.from_pretrained(os.path.join(out, "sft")).mask_token_id == mask_id
-    assert ("lm_head.weight" in load_file(os.path.join(out, "sft", "model.safetensors"))) == (kind != "tied")
-    again, before = (dirl.load_policy(x, flags("--block-size", B)) for x in (os.path.join(out, "sft"), folder))
+    assert set(os.listdir(out)) == set(map(str, files))
+    changed = ["config.json", "model.safetensors"] + (["tokenizer.json", "tokenizer_config.json"] if mask_id == 262 else [])
+    assert without(files_under(out), *map(Path, changed)) == without(files, *map(Path, changed))
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(out).mask_token_id == mask_id
+    c = flags("--block-size", B)
+    again, before = (dirl.load_policy(str(x), c) for x in (out, folder))
     assert (again.B, again.mask_id, again.eos_id, again.end_id) == (B, mask_id, before.eos_id, before.end_id)
     assert again.model.config.rope_parameters == before.model.config.rope_parameters and again.config == saved
+    assert again.model.config._attn_implementation == "dirl"
     warned = "plain Qwen3, no block diffusion model yet" in capsys.readouterr().out
     assert warned == (changes.get("model_type") == "qwen3")         # and what was saved is one
-    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    assert torch.equal(again.example(chat)[0], before.example(chat)[0])
-    moved = [not torch.equal(a, b) for a, b in zip(again.model.parameters(), before.model.parameters(), strict=True)]
-    assert all(moved)
+    assert torch.equal(again.example(chat("1+1", "2"))[0], before.example(chat("1+1", "2"))[0])
+    assert not any(torch.equal(a, b) for a, b in zip(again.model.parameters(), before.model.parameters(), strict=True))
     dirl.save_policy(before, str(tmp_path / "copy"))                # untrained, it is the same policy
-    copied = dirl.load_policy(str(tmp_path / "copy"), flags("--block-size", B))
-    assert all(torch.equal(a, b) for a, b in zip(copied.model.parameters(), before.model.parameters(), strict=True))
+    copied = dirl.load_policy(str(tmp_path / "copy"), c)
+    was, written = weights_of(folder), weights_of(tmp_path / "copy")
+    assert written.keys() == was.keys() == weights_of(out).keys() and all(torch.equal(written[x], was[x]) for x in was)
+    assert ("lm_head.weight" in was) == (kind != "tied") and "model.layers.0.self_attn.q_norm.weight" in was
+    assert kind != "sdar" or (tmp_path / "copy" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     pos = torch.arange(16)[None]
     mask = (pos[0] // B <= pos[0, :, None] // B)[None, None]
-    with torch.no_grad():
-        assert torch.equal(copied.hidden(pos, pos, mask), before.hidden(pos, pos, mask))
+    assert torch.equal(copied.hidden(pos, pos, mask), before.hidden(pos, pos, mask))
     if "rope" in kind:                                              # as transformers itself reads it
-        native = transformers.Qwen3Config(**{k: v for k, v in changes.items() if k == "rope_parameters"}).rope_parameters
-        ours = copied.model.config.rope_parameters
-        assert {k: ours[k] for k in native} == native
+        native = transformers.Qwen3Config(rope_parameters=changes["rope_parameters"]).rope_parameters
+        assert native.items() <= copied.model.config.rope_parameters.items()
 
 
-def test_no_thinking_closes_the_think_of_a_template(policies, tmp_path, capsys):
+def test_no_thinking_closes_the_think_of_a_template(policies, tmp_path):
     """The rule of Qwen3's template: enable_thinking=False, and only it, puts a closed <think> at the prompt's end."""
-    folder, log = changed_copy(policies(4).folder, str(tmp_path / "model")), []
-    path = Path(folder, "chat_template.jinja")
-    path.write_text(path.read_text()
-                    + "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
-                    "<think>\n\n</think>\n\n{% endif %}")
-    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    for argv in ((), ("--no-thinking",)):
+    folder, forward_tokens = changed_copy(policies(4).folder, str(tmp_path / "model")), []
+    with open(os.path.join(folder, "chat_template.jinja"), "a") as template:
+        template.write("{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+                       "<think>\n\n</think>\n\n{% endif %}")
+    for out, argv in (tmp_path / "0", ()), (tmp_path / "1", ("--no-thinking",)):
         policy = dirl.load_policy(folder, flags(*argv))
-        text = policy.tokenizer.decode(policy.prompt(chat[:1]))
+        text = policy.tokenizer.decode(policy.prompt(chat("1+1", "2")[:1]))
         assert text == "<|user|>1+1<|im_end|><|assistant|>" + ("<think>\n\n</think>\n\n" if argv else "")
-        tokens, P = policy.example(chat)
+        tokens, P = policy.example(chat("1+1", "2"))
         assert policy.tokenizer.decode(tokens[:P]) == text and policy.tokenizer.decode(tokens[P:]).startswith("2<|im_end|>")
-        dirl.main(["--stage", "sft", "--model", folder, "--steps", "1", "--batch", "2", "--out", str(tmp_path / str(len(log))),
-                   *argv])
-        log.append(metrics(str(tmp_path / str(len(log))), "sft")[0]["forward_tokens"])
-    assert log[0] < log[1]
+        main("--stage sft --steps 1 --batch 2", "--model", folder, "--out", out, *argv)
+        forward_tokens.append(metrics(out, "sft")[0]["forward_tokens"])
+    assert forward_tokens[0] < forward_tokens[1]
 
 
-def outcome(tmp_path, capsys, monkeypatch, start, *argv):
-    """Everything a short run leaves: printed lines, metrics without seconds, weights, and how often the model ran."""
-    calls = {"score": 0, "decode": 0}
-    score, decode = dirl.Policy.score, dirl.decode
-
-    def counted(name, function):
-        def call(*args):
-            calls[name] += 1
-            return function(*args)
-        return call
-    out = str(tmp_path / f"out{len(os.listdir(tmp_path))}")
-    with monkeypatch.context() as patch:
-        patch.setattr(dirl.Policy, "score", counted("score", score))
-        patch.setattr(dirl, "decode", counted("decode", decode))
-        given = [str(x) for x in argv]
-        dirl.main((["--model", start] if "--model" not in given else []) + ["--out", out] + given)
-    from safetensors.torch import load_file
-    stage = "sft" if "sft" in given else "rl"
-    weights = load_file(os.path.join(out, stage, "model.safetensors"))
-    lines = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in metrics(out, stage)]
-    printed = capsys.readouterr().out.replace(out, "OUT")
-    return {"metrics": lines, "weights": float(sum(w.double().abs().sum() for w in weights.values())),
-            "config": open(os.path.join(out, stage, "config.json")).read(), "calls": calls, "printed": printed}
-
-
-FLAGS = {  # flag: (stage, what it needs besides, two values that must differ in something)
-    "seed": ("rl", (), 0, 1), "steps": ("rl", (), 1, 2), "lr": ("rl", (), 1e-3, 1e-2), "temperature": ("rl", (), 1, 2),
-    "max-tokens": ("rl", (), 64, 512), "max-length": ("rl", ("--data", "DATA"), 200, 300), "batch": ("sft", (), 2, 3),
-    "prompts": ("rl", (), 2, 3), "group-size": ("rl", (), 4, 5), "max-new-tokens": ("rl", (), 12, 24),
-    "block-size": ("sft", ("--model", "tiny"), 2, 4), "unmask": ("rl", (), "dynamic", "static"),
-    "tokens-per-step": ("rl", ("--unmask", "static"), 1, 2), "threshold": ("rl", (), 0.3, 0.95),
-    "confidence": ("rl", ("--unmask", "static", "--temperature", 2), "top1", "drawn"), "slots": ("rl", (), 3, 100),
-    "objective": ("rl", (), "eq7", "eq6"), "eps": ("rl", ("--updates", 3, "--lr", 0.1), 0.01, 0.5),
-    "eps-high": ("rl", ("--updates", 3, "--lr", 0.1), 0.01, 0.5), "beta": ("rl", ("--objective", "eq7", "--updates", 2), 0, 1),
-    "adv-std": ("rl", (), None, True), "updates": ("rl", (), 1, 2), "reward": ("rl", (), "flat:reward", "flat:length"),
-    "data": ("rl", (), None, "DATA"), "recipe": ("sft", ("--data", "CHATS"), None, "paper"), "model": ("rl", (), None, "OTHER"),
-    "no-thinking": ("rl", ("--model", "THINKS"), None, True), "stage": (None, (), "sft", "rl")}
-
-
-def short_runs(monkeypatch, held_out=0):
-    """One round of rollouts a step, no warm-up, few or no evaluations: what SHORT says to a process of its own."""
-    for name, value in (("WARMUP", 0), ("MAX_ROUNDS", 1), ("HELD_OUT", held_out)):
-        monkeypatch.setattr(dirl, name, value)
+SHORT = {"sft": "--stage sft --seed 0 --steps 1 --lr 1e-3 --batch 2",
+         "rl": "--stage rl --seed 0 --steps 1 --lr 1e-3 --prompts 3 --group-size 4 --max-new-tokens 24"}
+FLAGS = [  # stage, flag, two values that must differ in something (-: not given, +: given), and what else is given
+    "rl seed 0 1", "rl steps 1 2", "rl lr 1e-3 1e-2", "rl temperature 1 2", "rl max-tokens 64 512", "sft batch 2 3",
+    "rl max-length 200 300 --data data.jsonl", "rl prompts 2 3", "rl group-size 4 5", "rl max-new-tokens 12 24",
+    "sft block-size 2 4 --model tiny", "rl unmask dynamic static", "rl tokens-per-step 1 2 --unmask static",
+    "rl threshold 0.3 0.95", "rl confidence top1 drawn --unmask static --temperature 2", "rl slots 3 100",
+    "rl objective eq7 eq6", "rl eps 0.01 0.5 --updates 3 --lr 0.1", "rl eps-high 0.01 0.5 --updates 3 --lr 0.1",
+    "rl beta 0 1 --objective eq7 --updates 2", "rl adv-std - +", "rl updates 1 2", "rl reward flat:reward flat:length",
+    "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other", "rl no-thinking - + --model thinks",
+    "rl stage sft rl --batch 2"]
 
 
 def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_factory, capsys, monkeypatch):
-    work = tmp_path_factory.mktemp("flags")
-    (work / "flat.py").write_text("def reward(answer, truth):\n    return 1\n"
-                                  "def length(answer, truth):\n    return len(answer)\n")
-    with open(work / "data.jsonl", "w") as file:
-        for n in range(6):
-            file.write(json.dumps({"question": "?" * (100 + 20 * n), "answer": "#### 3"}) + "\n")
-    with open(work / "chats.jsonl", "w") as file:
-        for n in (10, 500):
-            file.write(json.dumps({"messages": [{"role": "user", "content": "?" * n}, {"role": "assistant", "content": "!"}]})
-                       + "\n")
-    template = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}0{% endif %}"
-    shutil.copytree(os.path.join(trained, "sft"), work / "thinks")
-    (work / "thinks" / "chat_template.jinja").write_text((work / "thinks" / "chat_template.jinja").read_text() + template)
-    monkeypatch.chdir(work)
+    monkeypatch.chdir(tmp_path_factory.mktemp("flags"))
     short_runs(monkeypatch)
-    places = {"DATA": str(work / "data.jsonl"), "CHATS": str(work / "chats.jsonl"), "OTHER": policies(4).folder,
-              "THINKS": str(work / "thinks")}
-    assert set(FLAGS) == {f.name.replace("_", "-") for f in dirl.fields(dirl.Config)} - {
-        "out", "engine", "engine-memory", "sleep", "save-every", "resume", "eval-data", "eval-every", "samples",
-        "prompt"}                                                   # in tests of their own
-    same = None
-    for name, (stage, besides, *values) in FLAGS.items():
-        short = {"--steps": 1, "--lr": 1e-3, "--seed": 0}
-        short |= {"--batch": 2} if stage == "sft" else {"--prompts": 3, "--group-size": 4, "--max-new-tokens": 24}
-        results = []
-        for value in values:
-            given = short | dict(zip(besides[::2], besides[1::2])) | {"--" + name: value}
-            if name == "stage":
-                given |= {"--batch": 2} if value == "sft" else {}
-            else:
-                given["--stage"] = stage
-            given = [places.get(x, x) for k, v in given.items() if v is not None for x in ((k,) if v is True else (k, v))]
-            start = os.path.join(trained, "rl" if stage == "sft" else "sft")
-            results.append(outcome(tmp_path, capsys, monkeypatch, start, *given))
-        a, b = results
+    Path("flat.py").write_text("def reward(answer, truth):\n    return 1\ndef length(answer, truth):\n    return len(answer)\n")
+    jsonl("data.jsonl", *("?" * (100 + 20 * n) for n in range(6)), answer="#### 3")
+    jsonl("chats.jsonl", *({"messages": chat("?" * n, "!")} for n in (10, 500)))
+    os.symlink(policies(4).folder, "other")
+    shutil.copytree(f"{trained}/sft", "thinks")
+    with open("thinks/chat_template.jinja", "a") as template:
+        template.write("{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}0{% endif %}")
+    in_tests_of_their_own = set("out engine engine-memory sleep save-every resume eval-data eval-every samples prompt".split())
+    assert {x.split()[1] for x in FLAGS} == {f.name.replace("_", "-") for f in fields(dirl.Config)} - in_tests_of_their_own
+    results = {}
+
+    def outcome(stage, start, *argv):
+        """Everything a short run leaves: printed lines, metrics without seconds, weights, and how often the model ran."""
+        out, calls = tmp_path / str(len(os.listdir(tmp_path))), []
+        with monkeypatch.context() as patch:
+            patch.setattr(dirl.Policy, "score", noting(calls, "score", dirl.Policy.score))
+            patch.setattr(dirl, "decode", noting(calls, "decode", dirl.decode))
+            main("--model", f"{trained}/{start}", "--out", out, *argv)
+        return {"metrics": without_seconds(out, stage), "config": (out / stage / "config.json").read_text(),
+                "weights": float(sum(w.double().abs().sum() for w in weights_of(out / stage).values())),
+                "printed": capsys.readouterr().out.replace(str(out), "OUT"), "calls": Counter(calls)}
+    for stage, name, *values, besides in (re.fullmatch(r"(\w+) (\S+) (\S+) (\S+)(.*)", x).groups() for x in FLAGS):
+        given = [{"-": "", "+": f"--{name}"}.get(x, f"--{name} {x}") for x in values]
+        a, b = results[name] = [outcome(values[i] if name == "stage" else stage, "rl" if stage == "sft" else "sft",
+                                        SHORT[stage], besides.strip(), given[i]) for i in (0, 1)]
         if name == "reward":
             assert a["metrics"][0]["reward"] != b["metrics"][0]["reward"]
         elif name in ("max-tokens", "slots"):                       # how the work is cut must not show in the result
@@ -1729,37 +1688,27 @@ def test_every_flag_changes_something(trained, policies, tmp_path, tmp_path_fact
             assert a["printed"] != b["printed"] or a["metrics"] != b["metrics"], name
         else:
             assert a["metrics"] != b["metrics"] or a["config"] != b["config"], name
-        if name == "seed":
-            same = a
-    again = outcome(tmp_path, capsys, monkeypatch, os.path.join(trained, "sft"), "--stage", "rl", "--steps", 1, "--lr", 1e-3,
-                    "--prompts", 3, "--group-size", 4, "--max-new-tokens", 24)
-    assert again["metrics"] == same["metrics"]                      # and a run repeats itself bit for bit
+    again = outcome("rl", "sft", SHORT["rl"].replace("--seed 0", ""))
+    assert again["metrics"] == results["seed"][0]["metrics"]        # and a run repeats itself bit for bit
 
 
 def test_sleep_frees_the_engine_between_rollouts_and_new_weights(trained, tmp_path, monkeypatch):
     """With --sleep: after the rollouts of a step, until the weights have moved; without it, never."""
     short_runs(monkeypatch, held_out=2)
-    calls, optimizer_step = [], dirl.optimizer_step
+    calls = []
 
     class Engine(dirl.TorchEngine):
-        def generate(self, *args, **more):
-            calls.append("rollout")
-            return super().generate(*args, **more)
-
-        def sleep(self):
-            calls.append("sleep")
-
-        def update_weights(self):
-            calls.append("weights")
+        generate = noting(calls, "rollout", dirl.TorchEngine.generate)
+        sleep = noting(calls, "sleep")
+        update_weights = noting(calls, "weights")
     monkeypatch.setattr(dirl, "lmdeploy_runs", lambda: True)
     monkeypatch.setattr(dirl, "LMDeployEngine", Engine)
-    monkeypatch.setattr(dirl, "optimizer_step", lambda *args: (calls.append("step"), optimizer_step(*args))[1])
-    argv = ["--model", os.path.join(trained, "sft"), "--steps", "1", "--prompts", "4", "--group-size", "4", "--engine",
-            "lmdeploy"]
+    monkeypatch.setattr(dirl, "optimizer_step", noting(calls, "step", dirl.optimizer_step))
     for more, expected in ((["--sleep"], ["rollout", "rollout", "sleep", "step", "weights", "rollout"]),
                            ([], ["rollout", "rollout", "step", "weights", "rollout"])):
         calls.clear()
-        dirl.main([*argv, *more, "--out", str(tmp_path / str(len(more)))])
+        main("--steps 1 --prompts 4 --group-size 4 --engine lmdeploy", *more, "--model", f"{trained}/sft",
+             "--out", tmp_path / str(len(more)))
         assert calls == expected
 
 
@@ -1783,263 +1732,194 @@ def test_learning_rate(monkeypatch):
     assert dirl.learning_rate(flags("--lr", 1), 1) == dirl.learning_rate(flags("--lr", 1, stage="sft"), 1) == 1
 
 
-def bad_inputs(tmp_path):
-    """[(flags, what the line must name)]"""
-    def write(name, text):
-        os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-
-    def model(name, **changes):
-        sizes = dict(vocab_size=262, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=32, mask_token_id=257, eos_token_id=256, block_size=4, model_type="sdar")
-        config = {k: v for k, v in (sizes | changes).items() if v is not None}
-        return os.path.dirname(write(f"{name}/config.json", json.dumps(config)))
+def bad_inputs(checkpoint, folder):
+    """[(flags, what the line must name)]; the files that they name are written into a folder."""
+    config = without(dirl.read_json(os.path.join(checkpoint, "config.json")), "tiny")
+    names_its_flag = [
+        "--step 3", "--steps many", "--steps -1", "--lr nan", "--lr -1e-3", "--objective eq9", "--group-size 1", "--beta 0.1",
+        "--tokens-per-step 3", "--temperature 0", "--engine-memory 2", "--confidence top2", "--unmask random", "--sleep",
+        "--stage dpo", "--prompts 0", "--save-every 0", "--seed 1.5", "--recipe mine", "--eps inf", "--reward nothing",
+        "--reward json:nothing", "--reward no.module:f", "--block-size 0", "--samples -1", "--eval-every 0", "--resume",
+        "--engine " + ("vllm" if torch.cuda.is_available() else "lmdeploy"), "--out file/run"]
+    names_another = {
+        "extra": "extra", "--no-thinking 3": "3", "--stage eval": "--model", "--stage show": "--model",
+        "--eval-data x.jsonl": "--data", "--stage eval --model x --data y --eval-data z": "--eval-data",
+        "--data good.jsonl --eval-data list.jsonl": "--eval-data", "--data nowhere.jsonl": "nowhere.jsonl",
+        "--data bytes.jsonl": "bytes.jsonl", "--data .": "--data .: ", "--model nowhere": "nowhere", "--model .": "config.json",
+        "--model json": "config.json", "--model good --block-size 8": "--block-size 8",
+        "--model good --tokens-per-step 3": "--tokens-per-step"}
     good = '{"question": "a", "answer": "1"}\n'
-    sft = ["--stage", "sft", "--data"]
-    flag_cases = [
-        (["--step", "3"], "--step"), (["--steps", "many"], "--steps"), (["--steps", "-1"], "--steps"), (["--lr", "nan"], "--lr"),
-        (["--lr", "-1e-3"], "--lr"), (["--objective", "eq9"], "--objective"), (["--group-size", "1"], "--group-size"),
-        (["--beta", "0.1"], "--beta"), (["--tokens-per-step", "3"], "--tokens-per-step"),
-        (["--temperature", "0"], "--temperature"),
-        (["--model", "nowhere"], "nowhere"), (["extra"], "extra"), (["--engine-memory", "2"], "--engine-memory"),
-        (["--confidence", "top2"], "--confidence"), (["--unmask", "random"], "--unmask"), (["--sleep"], "--sleep"),
-        (["--stage", "dpo"], "--stage"), (["--prompts", "0"], "--prompts"), (["--save-every", "0"], "--save-every"),
-        (["--seed", "1.5"], "--seed"), (["--recipe", "mine"], "--recipe"), (["--eps", "inf"], "--eps"),
-        (["--engine", "vllm" if torch.cuda.is_available() else "lmdeploy"], "--engine"), (["--reward", "nothing"], "--reward"),
-        (["--reward", "json:nothing"], "--reward"), (["--reward", "no.module:f"], "--reward"), (["--stage", "eval"], "--model"),
-        (["--stage", "show"], "--model"), (["--no-thinking", "3"], "3"), (["--block-size", "0"], "--block-size"),
-        (["--samples", "-1"], "--samples"), (["--eval-every", "0"], "--eval-every"), (["--eval-data", "x.jsonl"], "--data"),
-        (["--stage", "eval", "--model", "x", "--data", "y", "--eval-data", "z"], "--eval-data")]
-    file_cases = [
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", write("empty.jsonl", "")], "no records"),
-        (["--data", write("broken.jsonl", good + "{")], "broken.jsonl: 1 of 2 records are bad, the first is number 2"),
-        (["--data", write("list.jsonl", "[1]")], "number 1"), (["--data", write("number.json", "3")], "number.json"),
-        (["--data", write("no.jsonl", good + '{"question": "a"}')], "number 2"),
-        (["--data", write("names.jsonl", '{"ask": "a", "answer": "1"}')], "number 1"), (["--data", str(tmp_path)], str(tmp_path)),
-        (["--data", write("null.jsonl", good + '{"question": null, "answer": "1"}')], "number 2"),
-        (["--data", write("blank.jsonl", '{"question": "a", "answer": "####"}')], "number 1"),
-        (["--data", write("latin.jsonl", good).replace("latin", "bytes")], "bytes.jsonl"),
-        ([*sft, write("chat.json", '[{"messages": []}]')], "number 1"),
-        ([*sft, write("pair.json", '[{"question": "a"}]')], "number 1"),
-        ([*sft, write("role.json", '[{"messages": [{"role": "user"}]}]')], "number 1"),
-        ([*sft, write("user.json", '[{"messages": [{"role": "user", "content": "a"}]}]')], "number 1"),
-        (["--model", str(tmp_path)], "config.json"), (["--model", model("moe", model_type="sdar_moe")], "sdar_moe"),
-        (["--model", model("experts", model_type="qwen3", num_experts=8)], "only dense Qwen3"),
-        (["--model", model("qwen2", model_type="qwen2")], "'qwen2'"),
-        (["--model", model("typeless", model_type=None)], "model_type None"),
-        (["--model", os.path.dirname(write("json/config.json", "[1, 2]"))], "config.json"),
-        (["--model", model("mask", mask_token_id=262)], "mask_token_id 262"),
-        (["--model", model("none", num_attention_heads=None)], "num_attention_heads"),
-        (["--model", model("text", hidden_size="wide")], "hidden_size"),
-        (["--model", model("block"), "--block-size", "8"], "--block-size 8"),
-        (["--model", model("type", torch_dtype="float17")], "float17"), (["--model", model("kind", torch_dtype="nn")], "'nn'"),
-        (["--model", model("heads", num_key_value_heads=3)], "num_key_value_heads 3"),
-        (["--model", model("eos", eos_token_id=[])], "eos_token_id"),
-        (["--model", model("step"), "--tokens-per-step", "3"], "--tokens-per-step"),
-        (["--model", model("a2d", model_type="a2d-qwen3", block_size=None)], "--block-size"),
-        (["--model", model("window", use_sliding_window=True)], "sliding"),
-        (["--model", model("layers", layer_types=["full_attention", "sliding_attention"])], "sliding"),
-        (["--out", os.path.join(write("file", "kept"), "run")], "--out"), (["--resume"], "--resume"),
-        (["--data", write("good.jsonl", good), "--eval-data", write("bad.jsonl", "{")], "--eval-data")]
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}')
-    return flag_cases + file_cases
+    data = {  # flags: (the text of the file at their end, what the line names)
+        "--data broken.jsonl": (good + "{", "broken.jsonl: 1 of 2 records are bad, the first is number 2"),
+        "--data empty.jsonl": ("", "no records"), "--data list.jsonl": ("[1]", "number 1"),
+        "--data number.json": ("3", "number.json"), "--data names.jsonl": ('{"ask": "a", "answer": "1"}', "number 1"),
+        "--data no.jsonl": (good + '{"question": "a"}', "number 2"),
+        "--data null.jsonl": (good + '{"question": null, "answer": "1"}', "number 2"),
+        "--data blank.jsonl": ('{"question": "a", "answer": "####"}', "number 1"),
+        "--stage sft --data chat.json": ('[{"messages": []}]', "number 1"),
+        "--stage sft --data pair.json": ('[{"question": "a"}]', "number 1"),
+        "--stage sft --data role.json": ('[{"messages": [{"role": "user"}]}]', "number 1"),
+        "--stage sft --data user.json": ('[{"messages": [{"role": "user", "content": "a"}]}]', "number 1")}
+    models = [  # (what config.json says otherwise, what the line names)
+        (dict(model_type="sdar_moe"), "sdar_moe"), (dict(model_type="qwen3", num_experts=8), "only dense Qwen3"),
+        (dict(model_type="qwen2"), "'qwen2'"), (dict(model_type=None), "model_type None"),
+        (dict(mask_token_id=262), "mask_token_id 262"), (dict(num_attention_heads=None), "num_attention_heads"),
+        (dict(hidden_size="wide"), "hidden_size"), (dict(torch_dtype="float17"), "float17"), (dict(torch_dtype="nn"), "'nn'"),
+        (dict(num_key_value_heads=3), "num_key_value_heads 3"), (dict(eos_token_id=[]), "eos_token_id"),
+        (dict(model_type="a2d-qwen3", block_size=None), "--block-size"), (dict(use_sliding_window=True), "sliding"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "sliding")]
+    texts = {"file": "kept", "good.jsonl": good, "json/config.json": "[1, 2]", "good/config.json": json.dumps(config)}
+    texts |= {line.split()[-1]: text for line, (text, _) in data.items()}
+    for i, (changes, _) in enumerate(models):
+        texts[f"{i}/config.json"] = json.dumps({name: x for name, x in (config | changes).items() if x is not None})
+    for name, text in texts.items():
+        os.makedirs((folder / name).parent, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "bytes.jsonl").write_bytes(b'{"question": "\xff"}')
+    return [*((line, line.split()[0]) for line in names_its_flag), *names_another.items(),
+            *((line, culprit) for line, (_, culprit) in data.items()),
+            *((f"--model {i}", culprit) for i, (_, culprit) in enumerate(models))]
 
 
-FORK = """import json, os, sys
-import dirl
-for i, argv in enumerate(json.load(open(sys.argv[1]))):             # one import of torch for all; a process for each
-    if os.fork() == 0:
-        for fd in (1, 2):
-            os.dup2(os.open(f"{sys.argv[1]}.{i}.{fd}", os.O_CREAT | os.O_WRONLY), fd)
-        assert "transformers" not in sys.modules
-        try:
-            dirl.main(argv)
-        except SystemExit as stop:
-            sys.stdout.flush()
-            os._exit(stop.code)
-    code = os.waitstatus_to_exitcode(os.wait()[1])
-    print(code, flush=True)
-"""
+def test_bad_input_is_one_line_and_exit_code_2(policies, tmp_path, monkeypatch, capfd):
+    """Nothing is written or lost."""
+    monkeypatch.chdir(tmp_path)
+    cases = bad_inputs(policies(4).folder, tmp_path)
+    before = files_under(tmp_path)
+    for line, culprit in cases:
+        assert culprit in refused(capfd, *line.split(), quiet=True), line
+    assert files_under(tmp_path) == before and len(cases) == 70
 
 
 @alone
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    """Each in a process of its own, some with `python dirl.py` from the start; nothing is written or lost."""
-    logs, tmp_path = tmp_path / "logs", tmp_path / "work"
-    os.makedirs(logs)
-    cases = bad_inputs(tmp_path)
-    before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    argvs = [argv + ([] if "--out" in argv or "--resume" in argv else ["--out", str(tmp_path / "never")]) for argv, _ in cases]
-    (logs / "argv").write_text(json.dumps(argvs))
-    codes = subprocess.run([sys.executable, "-c", FORK, str(logs / "argv")], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-                           check=True, env=ONE_THREAD).stdout.split()
-    results = [(int(code), *((logs / f"argv.{i}.{fd}").read_text() for fd in (1, 2))) for i, code in enumerate(codes)]
-    assert len(results) == len(cases) >= 40
-
-    def whole(argv):
-        done = subprocess.run([sys.executable, os.path.join(HERE, "dirl.py"), *argv], capture_output=True, text=True,
-                              cwd=tmp_path)
-        return done.returncode, done.stdout, done.stderr
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(whole, argvs[::9])) == results[::9]
-    for (argv, culprit), (code, out, err) in zip(cases, results):
-        assert code == 2 and out == "" and err.count("\n") == 1 and culprit in err and "Traceback" not in err, (argv, code, err)
-    assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    done = subprocess.run(torchrun(2, "--objective", "eq9"), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("dirl.py: error: argument --objective: invalid choice: 'eq9'") == 1
+def test_bad_input_in_processes_of_its_own(policies, tmp_path):
+    """`python dirl.py` and torchrun, whose ranks say it once; transformers, which takes seconds, is not imported for it."""
+    for line, culprit in bad_inputs(policies(4).folder, tmp_path)[::9]:
+        code, out, err = finished(torchrun(1, *line.split()), cwd=tmp_path)
+        assert code == 2 and out == "" and err.count("\n") == 1 and culprit in err and "Traceback" not in err, (line, code, err)
+    assert finished([sys.executable, "-c", "import dirl, sys\nassert 'transformers' not in sys.modules"])[0] == 0
+    code, _, err = finished(torchrun(2, "--objective eq9"), cwd=tmp_path)
+    assert code != 0 and err.count("dirl.py: error: argument --objective: invalid choice: 'eq9'") == 1
 
 
-def truncated(path, n):
-    os.truncate(path, n if n >= 0 else os.path.getsize(path) + n)
-
-
-BROKEN = {  # what is wrong: (what is done to the folder's file, the file, what the line names)
-    "no tokenizer": (os.remove, "tokenizer.json", "no tokenizer"),
-    "a torn tokenizer": (lambda path: truncated(path, 100), "tokenizer.json", ""),
-    "no weights": (os.remove, "model.safetensors", "model.safetensors"),
-    "weights cut off": (lambda path: truncated(path, -100), "model.safetensors", ""),
-    "empty weights": (lambda path: truncated(path, 0), "model.safetensors", ""),
-    "weights that are text": (lambda path: Path(path).write_text("version https://git-lfs.github.com/spec/v1\n"),
-                              "model.safetensors", ""),
-    "a tensor too few": (lambda path: changed_weights(path, lambda w: w.pop("model.norm.weight")), "model.safetensors",
+WEIGHTS, TEMPLATE = "model.safetensors", "chat_template.jinja"
+BROKEN = {  # what is wrong: (the file, what is done to it, what the line names)
+    "no tokenizer": ("tokenizer.json", os.remove, "no tokenizer"),
+    "a torn tokenizer": ("tokenizer.json", lambda path: os.truncate(path, 100), ""),
+    "no weights": (WEIGHTS, os.remove, WEIGHTS),
+    "weights cut off": (WEIGHTS, lambda path: os.truncate(path, path.stat().st_size - 100), ""),
+    "empty weights": (WEIGHTS, lambda path: os.truncate(path, 0), ""),
+    "weights that are text": (WEIGHTS, lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ""),
+    "a tensor too few": (WEIGHTS, lambda path: changed_weights(path.parent, lambda w: without(w, "model.norm.weight")),
                          "missing keys in its weights: model.norm.weight"),
-    "a tensor too many": (lambda path: changed_weights(path, lambda w: w.update(extra=torch.ones(2))), "model.safetensors",
+    "a tensor too many": (WEIGHTS, lambda path: changed_weights(path.parent, lambda w: w | {"extra": torch.ones(2)}),
                           "unexpected keys in its weights: extra"),
-    "a tensor of another shape": (lambda path: changed_weights(path, lambda w: w.update({"model.norm.weight": torch.ones(64)})),
-                                  "model.safetensors", "model.norm.weight"),
-    "a torn chat template": (lambda path: Path(path).write_text("{% for m in messages %}"), "chat_template.jinja", ""),
-    "no chat template": (os.remove, "chat_template.jinja", "chat_template"),
-    "a chat template without end of turn": (lambda path: Path(path).write_text("{{ messages[-1].content }}"),
-                                            "chat_template.jinja", ""),
-    "a chat template without the answer": (lambda path: Path(path).write_text("{{ messages[0].content }}"), "chat_template.jinja",
-                                           ""),
-    "a chat template that refuses": (lambda path: Path(path).write_text("{{ raise_exception('not you') }}"),
-                                     "chat_template.jinja", "not you"),
-    "more tokens than the embedding has": (lambda path: dirl.write_json(path, dirl.read_json(path) | {"vocab_size": 261}),
-                                           "config.json",
-                                           "token id 261: the embedding has room for 261"),
-    "no room for a mask token": (lambda path: without_mask_token(os.path.dirname(path), 262), "config.json", "room for 262")}
+    "a tensor of another shape": (WEIGHTS, lambda path: changed_weights(path.parent, lambda w: w | {
+        "model.norm.weight": torch.ones(64)}), "model.norm.weight"),
+    "a torn chat template": (TEMPLATE, lambda path: path.write_text("{% for m in messages %}"), ""),
+    "no chat template": (TEMPLATE, os.remove, "chat_template"),
+    "a chat template without end of turn": (TEMPLATE, lambda path: path.write_text("{{ messages[-1].content }}"), ""),
+    "a chat template without the answer": (TEMPLATE, lambda path: path.write_text("{{ messages[0].content }}"), ""),
+    "a chat template that refuses": (TEMPLATE, lambda path: path.write_text("{{ raise_exception('not you') }}"), "not you"),
+    "more tokens than the embedding has": ("config.json", lambda path: dirl.write_json(path, dirl.read_json(path) | {
+        "vocab_size": 261}), "token id 261: the embedding has room for 261"),
+    "no room for a mask token": ("config.json", lambda path: without_mask_token(path.parent, 262), "room for 262")}
 
 
 @pytest.mark.parametrize("wrong", BROKEN)
 def test_a_broken_checkpoint_is_one_line_and_exit_code_2(policies, tmp_path, capfd, wrong):
-    do, file, culprit = BROKEN[wrong]
-    folder, out = changed_copy(policies(4).folder, str(tmp_path / "model"),
-                               ["mask_token_id"] * (wrong == "no room for a mask token")), \
-        str(tmp_path / "out")
-    do(os.path.join(folder, file))
-    with pytest.raises(SystemExit) as stop:
-        dirl.main(["--stage", "sft", "--model", folder, "--steps", "1", "--batch", "1", "--out", out])
-    captured = capfd.readouterr()
-    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and culprit in captured.err, captured
-    assert captured.err.startswith(f"dirl.py: error: --model {folder}: ") and sorted(os.listdir(out)) == [".lock", "sft.run.json"]
+    (file, do, culprit), folder, out = BROKEN[wrong], tmp_path / "model", tmp_path / "out"
+    changed_copy(policies(4).folder, folder, ["mask_token_id"] * (wrong == "no room for a mask token"))
+    do(folder / file)
+    line = refused(capfd, "--stage sft --steps 1 --batch 1", "--model", folder, "--out", out, quiet=True)
+    assert line.startswith(f"--model {folder}: ") and culprit in line and sorted(os.listdir(out)) == [".lock", "sft.run.json"]
 
 
-def test_what_cannot_be_asked_or_written_is_one_line(policies, tmp_path, capsys):
+def test_what_cannot_be_asked_or_written_is_one_line(policies, tmp_path, capsys, monkeypatch):
     """Text that is no UTF-8, prompts that are all too long, an OUT that has been evaluated."""
-    (tmp_path / "half.jsonl").write_text(json.dumps({"question": "\ud800", "answer": "1"}) + "\n")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "x" * 500, "answer": "1"}) + "\n")
-    (tmp_path / "good.jsonl").write_text(json.dumps({"question": "x", "answer": "1"}) + "\n")
-    evaluate = ["--stage", "eval", "--model", policies(4).folder, "--max-new-tokens", "4", "--out", str(tmp_path / "out"),
-                "--data"]
-    for argv, culprit in ((["--stage", "show", "--model", policies(4).folder, "--prompt", "\udcff"], "--prompt"),
-                          ([*evaluate, str(tmp_path / "half.jsonl")], "half.jsonl"),
-                          ([*evaluate, str(tmp_path / "long.jsonl")], "--max-length")):
-        with pytest.raises(SystemExit) as stop:
-            dirl.main(argv)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and culprit in err and err.count("\n") == 1
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    dirl.main([*evaluate, str(tmp_path / "good.jsonl")])
-    before = (tmp_path / "out" / "eval.jsonl").read_text()
-    with pytest.raises(SystemExit) as stop:
-        dirl.main([*evaluate, str(tmp_path / "good.jsonl")])
-    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
-    assert (tmp_path / "out" / "eval.jsonl").read_text() == before
-    dirl.main([*evaluate, str(tmp_path / "good.jsonl"), "--resume"])
-    assert (tmp_path / "out" / "eval.jsonl").read_text() == before
+    monkeypatch.chdir(tmp_path)
+    for name, question in (("half", "\ud800"), ("long", "x" * 500), ("good", "x")):
+        jsonl(f"{name}.jsonl", question)
+    model = "--model", policies(4).folder
+    evaluate = *model, "--stage eval --max-new-tokens 4 --out out --data"
+    for argv, culprit in (((*model, "--stage show", "--prompt", "\udcff"), "--prompt"),
+                          ((*evaluate, "half.jsonl"), "half.jsonl"), ((*evaluate, "long.jsonl"), "--max-length")):
+        assert culprit in refused(capsys, *argv)
+        shutil.rmtree("out", ignore_errors=True)
+    main(*evaluate, "good.jsonl")
+    before = Path("out/eval.jsonl").read_text()
+    assert "--resume" in refused(capsys, *evaluate, "good.jsonl") and Path("out/eval.jsonl").read_text() == before
+    main(*evaluate, "good.jsonl", "--resume")
+    assert Path("out/eval.jsonl").read_text() == before
 
 
 def test_help_names_the_papers_values(capsys):
     with pytest.raises(SystemExit) as stop:
-        dirl.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "(paper: 0.9)" in text and "Eq. 6, 7 or 8 [eq8]" in text
-    assert f"tiny rl {dirl.PRESETS['tiny rl']['lr']}" in text
+        main("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "(paper: 0.9)" in said and "Eq. 6, 7 or 8 [eq8]" in said
+    assert f"tiny rl {dirl.PRESETS['tiny rl']['lr']}" in said
 
 
 def test_sft_on_chats_then_rl_on_problems_with_python(tmp_path, capsys, monkeypatch):
     """`python dirl.py` from file data: skipped records are counted, finished stages are left alone."""
     monkeypatch.chdir(tmp_path)
     short_runs(monkeypatch)
-    chats = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "yes"}]}
-             for n in (5, 10, 200, 15)] + [{"messages": [{"role": "user", "content": "<|MASK|>"},
-                                                         {"role": "assistant", "content": "no"}]}]
-    (tmp_path / "chats.json").write_text(json.dumps(chats))
-    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps({"question": "a" * n, "answer": "#### 2"}) + "\n"
-                                                  for n in (3, 50, 400)))
-    dirl.main(["--stage", "sft", "--data", "chats.json", "--out", "run", "--steps", "2", "--batch", "3", "--max-length", "64"])
+    chats = [*(chat("x" * n, "yes") for n in (5, 10, 200, 15)), chat("<|MASK|>", "no")]
+    Path("chats.json").write_text(json.dumps([{"messages": x} for x in chats]))
+    jsonl("gsm8k.jsonl", *("a" * n for n in (3, 50, 400)), answer="#### 2")
+    main("--stage sft --data chats.json --out run --steps 2 --batch 3 --max-length 64")
     assert "chats.json: skipped 2 of 5" in capsys.readouterr().out and len(metrics("run", "sft")) == 2
-    argv = ["--stage", "rl", "--model", "run/sft", "--data", "gsm8k.jsonl", "--prompts", "1", "--group-size", "2",
-            "--max-new-tokens", "4",
-            "--max-length", "300", "--out", "run"]
-    dirl.main([*argv, "--steps", "3"])
-    captured = capsys.readouterr()
-    assert "gsm8k.jsonl: skipped 1 of 3" in captured.out and "run/rl" in captured.out
+    rl = "--model run/sft --data gsm8k.jsonl --prompts 1 --group-size 2 --max-new-tokens 4 --max-length 300 --out run"
+    main(rl, "--stage rl --steps 3")
+    said = capsys.readouterr().out
+    assert "gsm8k.jsonl: skipped 1 of 3" in said and "run/rl" in said
     line = metrics("run", "rl")[0]                                  # every group flat: no step, null
     assert line["loss"] is None and line["grad_norm"] is None and line["groups_dropped"] == 1 and line["reward"] == 0
-    before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit) as stop:
-        dirl.main([*argv, "--steps", "4"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "--out run: it holds rl up to step 3: --resume" in err and err.count("\n") == 1
-    assert {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    with pytest.raises(SystemExit):
-        dirl.main(["--stage", "sft", "--model", "run/sft", "--block-size", "8", "--out", "other"])
-    assert "--block-size 8" in capsys.readouterr().err
+    before = files_under(tmp_path)
+    assert "--out run: it holds rl up to step 3: --resume" in refused(capsys, rl, "--stage rl --steps 4")
+    assert files_under(tmp_path) == before
+    assert "--block-size 8" in refused(capsys, "--stage sft --model run/sft --block-size 8 --out other")
 
 
 def test_default_run_learns(trained):
     """`torchrun dirl.py --stage rl`: SFT, then DiPO on the built-in task; the figures of the README."""
-    lines, log = metrics(trained, "rl"), open(trained + ".log").read()
+    lines, every, log = metrics(trained, "rl"), lines_of(trained, "rl.metrics.jsonl"), Path(trained + ".log").read_text()
     reward = [line["reward"] for line in lines]
     first, last = sum(reward[:5]) / 5, sum(reward[-10:]) / 10
     assert last >= first + 0.30 and last >= 0.80
     before, after = (float(x) for x in log.splitlines()[-1].split(",")[0].removeprefix("rl: greedy accuracy ").split(" -> "))
     N = dirl.PRESETS["tiny rl"]["steps"]
     assert after >= before + 0.15 and f"rl, step {N}: 256 problems, one greedy answer each" in log
-    every = [json.loads(line) for line in open(os.path.join(trained, "rl.metrics.jsonl"))]
     assert [(line["step"], round(line["accuracy"], 3)) for line in every if "accuracy" in line] == [(0, before), (N, after)]
     assert all(line["logp_gap"] < 1e-4 for line in lines)
-    expected = {"step", "loss", "lr", "grad_norm", "seconds", "reward", "kl", "entropy", "clip_fraction",
-                "tokens_per_step", "output_length", "truncated", "groups_dropped", "duplicates", "forward_tokens", "logp_gap",
-                "seconds_rollout", "seconds_reward", "seconds_forward", "seconds_backward", "seconds_update", "seconds_weights",
-                "skipped"}
+    both = {"step", "loss", "lr", "grad_norm", "seconds", "forward_tokens", "skipped"}
+    expected = both | set("reward kl entropy clip_fraction tokens_per_step output_length truncated groups_dropped duplicates "
+                          "logp_gap seconds_rollout seconds_reward seconds_forward seconds_backward seconds_update "
+                          "seconds_weights".split())
     evaluated = {"accuracy", "standard_error", "eval_tokens_per_step", "eval_length", "eval_truncated"}
     assert all(set(line) == expected for line in lines[:-1]) and [line["step"] for line in lines] == list(range(1, N + 1))
     assert set(every[0]) == {"step"} | evaluated and set(every[-1]) == expected | evaluated and len(every) == N + 1
-    assert set(metrics(trained, "sft")[0]) == {"step", "loss", "lr", "grad_norm", "forward_tokens", "seconds", "skipped"}
-    assert sorted(os.listdir(trained)) == [".lock", "init", "rl", "rl.eval.jsonl", "rl.metrics.jsonl", "rl.run.json", "rl.state",
-                                           "sft",
-                                           "sft.metrics.jsonl", "sft.run.json", "sft.state"]
+    assert set(metrics(trained, "sft")[0]) == both
+    files = {".lock", "init", *(f"{stage}{x}" for stage in ("sft", "rl") for x in ("", ".metrics.jsonl", ".run.json", ".state"))}
+    assert set(os.listdir(trained)) == files | {"rl.eval.jsonl"}
     installed = {name for name in ("torch", "transformers", "lmdeploy") if importlib.util.find_spec(name)}
     assert set(dirl.read_json(os.path.join(trained, "rl.run.json"))["versions"]) == installed
 
 
 def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "coin.py").write_text("import random\n\nrandom.seed(0)\n\n\ndef toss(answer, truth):\n"
-                                      "    return random.random() < 0.5\n")
+    Path("coin.py").write_text("import random\nrandom.seed(0)\ndef toss(answer, truth):\n    return random.random() < 0.5\n")
+    sft = f"{trained}/sft"
     with monkeypatch.context() as patch:
         patch.setattr(dirl, "HELD_OUT", 0)
-        dirl.main(["--model", os.path.join(trained, "sft"), "--out", "run", "--reward", "coin:toss", "--steps", "30"])
+        main("--out run --reward coin:toss --steps 30 --model", sft)
     accuracy, c = [], flags()
-    for folder in (os.path.join(trained, "sft"), "run/rl", os.path.join(trained, "rl")):
+    for folder in (sft, "run/rl", f"{trained}/rl"):
         policy = dirl.load_policy(folder, c)
         problems = dirl.encode_problems(policy, c, None, dirl.built_in("held out", 0))
-        trajectories = dirl.TorchEngine(policy, c).generate([p.prompt for p in problems],
-                                                            [(0, "accuracy", i) for i in range(256)])
+        keys = [(0, "accuracy", i) for i in range(256)]
+        trajectories = dirl.TorchEngine(policy, c).generate([p.prompt for p in problems], keys)
         accuracy.append(sum(dirl.arithmetic_reward(policy.tokenizer.decode(t.answer), p.truth)
                             for t, p in zip(trajectories, problems, strict=True)) / 256)
     assert accuracy[1] < accuracy[0] + 0.15 and accuracy[2] > accuracy[0] + 0.30
@@ -2047,56 +1927,43 @@ def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
-
 def table_by_hand(lines):
     """Table 1's columns from lines of eval.jsonl."""
-    problems = [statistics.mean(line["reward"] for line in lines if line["problem"] == i)
-                for i in {line["problem"] for line in lines}]
-    return [statistics.mean(problems), statistics.stdev(problems) / math.sqrt(len(problems)),
+    means = [statistics.mean(line["reward"] for line in lines if line["problem"] == i) for i in {x["problem"] for x in lines}]
+    return [statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means)),
             sum(x["tokens"] for x in lines) / sum(x["decoding_steps"] for x in lines),
             statistics.mean(x["length"] for x in lines), statistics.mean(x["truncated"] for x in lines)]
 
 
-def lines_of(*path):
-    """Of a .jsonl file, in which no number is a bare NaN or Infinity."""
-    def refuse(constant):
-        raise AssertionError(constant)
-    with open(os.path.join(*path), encoding="utf-8") as file:
-        return [json.loads(line, parse_constant=refuse) for line in file]
-
-
-def printed_rows(text):
-    return {" ".join(words[:2]): [float(x) for x in words[2:]] for words in map(str.split, text.splitlines())
-            if words[:1] in (["static"], ["dynamic"])}
+def assert_printed(text, lines):
+    """The table in a text is that of the lines, as far as it has digits. Returns what it says of the decoding rule."""
+    rows = [line.split() for line in text.splitlines() if line.startswith(("static", "dynamic"))]
+    (rule, value, *row), = rows
+    for a, b, digits in zip(row, table_by_hand(lines), (3, 3, 2, 1, 3), strict=True):
+        assert abs(float(a) - b) <= 0.51 * 10**-digits
+    return f"{rule} {value}"
 
 
 def test_eval_table_equals_its_answers_on_any_number_of_ranks(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short_runs(monkeypatch, held_out=60)
-    argv, speed = ["--stage", "eval", "--model", os.path.join(trained, "sft")], []
+    argv, speed = ["--stage eval --model", f"{trained}/sft"], []
     for name in ("static 1", "dynamic 0.5", "dynamic 0.7", "dynamic 0.9", "dynamic 0.99"):
         rule, threshold = name.split()
-        dirl.main([*argv, "--unmask", rule, *(["--threshold", threshold] if rule == "dynamic" else []), "--out", name])
-        (shown, row), = printed_rows(capsys.readouterr().out).items()
+        main(*argv, f"--unmask {rule}", f"--threshold {threshold}" if rule == "dynamic" else "", "--out", name)
         lines = lines_of(name, "eval.jsonl")
-        expected = table_by_hand(lines)
-        assert shown == name and len(lines) == 60 and sorted(os.listdir(name)) == [".lock", "eval.jsonl", "eval.run.json"]
-        assert all(abs(a - b) <= 0.51 * 10**-digits for a, b, digits in zip(row, expected, (3, 3, 2, 1, 3), strict=True))
+        assert assert_printed(capsys.readouterr().out, lines) == name and len(lines) == 60
+        assert sorted(os.listdir(name)) == [".lock", "eval.jsonl", "eval.run.json"]
         assert all(dirl.arithmetic_reward(line["answer"], line["truth"]) == line["reward"] for line in lines)
         assert all(len(line["answer"]) == line["length"] <= line["tokens"] for line in lines if not line["truncated"])
-        speed.append(expected[2])
+        speed.append(table_by_hand(lines)[2])
     assert speed[0] == 1 and speed[1] > speed[2] > speed[3] > speed[4] > 1                # fewer at a time, the surer one must be
-    subprocess.run(torchrun(2, *argv, "--out", "two", script=short_script(tmp_path, HELD_OUT=60)), check=True, env=ONE_THREAD,
-                   timeout=240,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert open("dynamic 0.9/eval.jsonl").read() == open("two/eval.jsonl").read()
-    dirl.main([*argv, "--samples", "3", "--max-new-tokens", "12"])                       # a folder of its own
+    succeeded(torchrun(2, *argv, "--out two", script=short_script(tmp_path, HELD_OUT=60)))
+    assert Path("dynamic 0.9/eval.jsonl").read_text() == Path("two/eval.jsonl").read_text()
+    main(*argv, "--samples 3 --max-new-tokens 12")                                        # a folder of its own
     lines = lines_of("runs/eval-0/eval.jsonl")
-    assert set(lines[0]) == {"step", "problem", "sample", "question", "truth", "answer", "reward", "truncated", "length",
-                             "tokens",
-                             "decoding_steps"}
-    row, = printed_rows(capsys.readouterr().out).values()
-    assert all(abs(a - b) <= 0.51 * 10**-digits for a, b, digits in zip(row, table_by_hand(lines), (3, 3, 2, 1, 3), strict=True))
+    assert set(lines[0]) == set("step problem sample question truth answer reward truncated length tokens decoding_steps".split())
+    assert_printed(capsys.readouterr().out, lines)
     assert [line["sample"] for line in lines[:6]] == [0, 1, 2, 0, 1, 2] and any(line["truncated"] for line in lines)
     assert any(len({line["answer"] for line in lines if line["problem"] == i}) > 1 for i in range(60))
 
@@ -2109,119 +1976,104 @@ def test_both_engines_evaluate_alike(policies, lmdeploy_engine, tmp_path):
             c = flags("--max-new-tokens", 21, "--unmask", *rule, "--out", tmp_path / f"{build.__name__}{n}")
             os.makedirs(c.out)
             rows.append(dirl.evaluate(policy, build(policy, c), c, problems, lambda answer, truth: len(answer) % 2))
-            answers.append(open(os.path.join(c.out, "eval.jsonl")).read())
+            answers.append(Path(c.out, "eval.jsonl").read_text())
     assert answers[:4] == answers[4:] and rows[:4] == rows[4:] and len({row["eval_tokens_per_step"] for row in rows}) == 4
 
 
 def test_rl_evaluates_on_its_way(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("train.jsonl").write_text("".join(json.dumps({"question": "?" * n, "answer": "3"}) + "\n" for n in range(1, 12)))
-    Path("test.jsonl").write_text("".join(json.dumps({"question": "!" * n, "answer": "3"}) + "\n" for n in range(1, 5)))
+    jsonl("train.jsonl", *("?" * n for n in range(1, 12)))
+    jsonl("test.jsonl", *("!" * n for n in range(1, 5)))
     short_runs(monkeypatch, held_out=2)
-    dirl.main(["--stage", "eval", "--model", os.path.join(trained, "sft"), "--out", "run", "--unmask", "sequential"])
-    before = open("run/eval.jsonl").read()
+    argv = ["--out run --model", f"{trained}/sft"]
+    main(*argv, "--stage eval --unmask sequential")
+    before = Path("run/eval.jsonl").read_text()
     assert "sequential 1 " in capsys.readouterr().out and before.count("\n") == 2
-    dirl.main(["--model", os.path.join(trained, "sft"), "--data", "train.jsonl", "--eval-data", "test.jsonl", "--eval-every", "2",
-               "--steps", "3", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8", "--samples", "2", "--save-every",
-               "2",
-               "--out", "run"])
-    assert open("run/eval.jsonl").read() == before
+    main(*argv, "--data train.jsonl --eval-data test.jsonl --eval-every 2 --samples 2",
+         "--steps 3 --prompts 2 --group-size 2 --max-new-tokens 8 --save-every 2")
+    assert Path("run/eval.jsonl").read_text() == before
     lines, every = lines_of("run/rl.eval.jsonl"), lines_of("run/rl.metrics.jsonl")
     assert [line["step"] for line in every] == [0, 1, 2, 3]
     assert [line["step"] for line in every if "accuracy" in line] == [0, 2, 3]
     assert [(x["step"], x["problem"], x["sample"]) for x in lines[:8]] == [(0, i, g) for i in range(4) for g in range(2)]
     assert len(lines) == 3 * 4 * 2 and {x["question"] for x in lines} == {"!" * n for n in range(1, 5)}
-    for line in every:
-        if "accuracy" in line:
-            found = [line[x] for x in ("accuracy", "standard_error", "eval_tokens_per_step", "eval_length", "eval_truncated")]
-            assert found == pytest.approx(table_by_hand([x for x in lines if x["step"] == line["step"]]), rel=1e-5)
+    for line in (line for line in every if "accuracy" in line):
+        found = [line[x] for x in ("accuracy", "standard_error", "eval_tokens_per_step", "eval_length", "eval_truncated")]
+        assert found == pytest.approx(table_by_hand([x for x in lines if x["step"] == line["step"]]), rel=1e-5)
     assert "sampled accuracy 0.000 -> 0.000" in capsys.readouterr().out and len(metrics("run", "rl")) == 3
+
+
+SHORT_RL = "--stage rl --steps 6 --lr 1e-3 --prompts 3 --group-size 4 --max-new-tokens 24 --eval-every 2 --save-every 2"
 
 
 @pytest.mark.parametrize("where, call", [("judge", 8 + 2 * 12 + 3), ("judge", 16 + 4 * 12 + 8), ("table_1", 2), ("table_1", 3)])
 def test_an_evaluation_that_was_interrupted_is_done_again(trained, tmp_path, monkeypatch, where, call):
     """By an error amid the answers or after them, of the second evaluation and of the third, which is the last."""
-    argv = [*SHORT_RL, "--steps", "4", "--model", os.path.join(trained, "sft")]         # evaluated at 0, 2, 4; saved at 2, 4
+    argv = SHORT_RL, "--steps 4 --model", f"{trained}/sft"                 # evaluated at 0, 2, 4; saved at 2, 4
     short_runs(monkeypatch, held_out=8)
-    function, calls = getattr(dirl, where), []
+    function, calls, whole, cut = getattr(dirl, where), [], tmp_path / "whole", tmp_path / "cut"
 
     def interrupted(*args):
-        calls.append(1)
         if len(calls) == call:
             raise MemoryError
         return function(*args)
-    dirl.main([*argv, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(dirl, where, interrupted)
+    main(*argv, "--out", whole)
+    monkeypatch.setattr(dirl, where, noting(calls, where, interrupted))
     with pytest.raises(MemoryError):
-        dirl.main([*argv, "--out", str(tmp_path / "cut")])
+        main(*argv, "--out", cut)
     assert len(calls) == call
-    a, b = tmp_path / "whole", tmp_path / "cut"
-    step = [line["step"] for line in lines_of(b, "rl.metrics.jsonl")][-1]
-    assert step == (3 if call in (72, 3) else 1) and ((b / "rl.state").exists()) == (step == 3)
-    dirl.main([*argv, "--resume", "--out", str(b)])
-    assert without_seconds(a) == without_seconds(b) and len(without_seconds(a)) == 5
-    assert (a / "rl.eval.jsonl").read_text() == (b / "rl.eval.jsonl").read_text()
-    assert sorted(os.listdir(a)) == sorted(os.listdir(b))
+    step = lines_of(cut, "rl.metrics.jsonl")[-1]["step"]
+    assert step == (3 if call in (72, 3) else 1) and (cut / "rl.state").exists() == (step == 3)
+    main(*argv, "--resume --out", cut)
+    same_run(whole, cut)
+    assert len(without_seconds(whole)) == 5
     with pytest.raises(SystemExit):                                 # now it is finished, and stays
-        dirl.main([*argv, "--out", str(b)])
-    assert (a / "rl.eval.jsonl").read_text() == (b / "rl.eval.jsonl").read_text()
-    dirl.main([*argv, "--resume", "--out", str(b)])
-    assert without_seconds(a) == without_seconds(b) and (a / "rl.eval.jsonl").read_text() == (b / "rl.eval.jsonl").read_text()
+        main(*argv, "--out", cut)
+    same_run(whole, cut)
+    main(*argv, "--resume --out", cut)
+    same_run(whole, cut)
 
 
 def test_show_is_the_trajectory(trained, capsys):
-    folder, c = os.path.join(trained, "sft"), flags()
-    dirl.main(["--stage", "show", "--model", folder, "--prompt", "4+2-1=", "--samples", "1", "--seed", "3"])
+    folder, c = f"{trained}/sft", flags()
+    show = "--stage show --model", folder
+    main(*show, "--prompt 4+2-1= --samples 1 --seed 3")
     lines = capsys.readouterr().out.splitlines()
     policy = dirl.load_policy(folder, c)
-    prompt = policy.prompt([{"role": "user", "content": "4+2-1="}])
+    prompt = policy.prompt(chat("4+2-1=", "")[:1])
     t, = dirl.decode(policy, [prompt], [(3, "show", 0, 0, 0)], c)
     shown, P = [line for line in lines if line[:5].strip().isdigit()], len(prompt)
     assert lines[0] == "4+2-1=" and len(shown) == t.decoding_steps
     assert f"{len(t.output)} tokens in {t.decoding_steps} dec" in lines[-1]
     for line, (k, s, seen, committed) in zip(shown, slow_states(policy, t)):
-        probabilities = re.findall(r"\d\.\d{3}", line)
         assert line.split()[:2] == [str(k), str(s)]
         scores = [t.logp[p - P].exp().item() for p in committed for _ in range(2)]         # sampled, and scored
-        assert [float(x) for x in probabilities] == pytest.approx(scores, abs=6e-4)
-        left = (seen[k * 4:] == policy.mask_id).sum() - len(committed)
-        assert line.count("·") == left
+        assert [float(x) for x in re.findall(r"\d\.\d{3}", line)] == pytest.approx(scores, abs=6e-4)
+        assert line.count("·") == (seen[k * 4:] == policy.mask_id).sum() - len(committed)
     for prompt in ("<|MASK|>", "1" * 500):                          # one that a model cannot be asked
-        with pytest.raises(SystemExit):
-            dirl.main(["--stage", "show", "--model", folder, "--prompt", prompt])
-        assert capsys.readouterr().err.startswith("dirl.py: error: --prompt: nothing in it")
-    dirl.main(["--stage", "show", "--model", folder])
-    question = dirl.built_in("held out", 0)[0][0]
-    assert capsys.readouterr().out.splitlines()[0] == question
+        assert refused(capsys, *show, "--prompt", prompt).startswith("--prompt: nothing in it")
+    main(*show)
+    assert capsys.readouterr().out.splitlines()[0] == dirl.built_in("held out", 0)[0][0]
 
 
 # ---- what the README says -----------------------------------------------------------------------------------------
 
-README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-
-
-def equation_rows():
-    """The README's table of equations: (paper, equation, function, first line, last line)."""
-    for row in README.splitlines():
-        m = re.fullmatch(r"\| (.+?) \| (.+?) \| \[`(\w+)`\]\(dirl\.py#L(\d+)-L(\d+)\) \| (\d+)-(\d+) \|", row)
-        if m:
-            assert m.groups()[3:5] == m.groups()[5:], row
-            yield m[1], m[2].replace("\\|", "|").strip("`"), m[3], int(m[4]), int(m[5])
+README = Path(HERE, "README.md").read_text(encoding="utf-8")
 
 
 def test_equation_table_is_where_and_what_it_says():
-    lines = open(dirl.__file__, encoding="utf-8").read().splitlines()
-    cut = next(i for i, line in enumerate(lines, 1) if line.startswith("# ====="))
-    found = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)}
-    rows = list(equation_rows())
-    for paper, equation, name, first, last in rows:
-        node = found[name]
-        assert (node.lineno, node.end_lineno) == (first, last) and last < cut, f"{name}: lines {node.lineno}-{node.end_lineno}"
-        text = " ".join(ast.get_docstring(node).split())
-        assert paper.split(",")[0] in text and equation in text, (name, paper, equation)
-    assert [name for *_, name, _, _ in rows] == sorted((name for *_, name, _, _ in rows), key=lambda name: found[name].lineno)
-    assert {"mask_mod", "log_policy", "sft_loss", "C_eps", "trajectory_document", "eq6", "eq7", "eq8",
-            "unmask"} <= {row[2] for row in rows}
+    source = Path(dirl.__file__).read_text(encoding="utf-8")
+    cut = next(i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ====="))
+    found = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    row = r"^\| (.+?) \| (.+?) \| \[`(\w+)`\]\(dirl\.py#L(\d+)-L(\d+)\) \| (\d+)-(\d+) \|$"
+    rows, last = re.findall(row, README, re.M), 0
+    for paper, equation, name, *numbers in rows:
+        node, text = found[name], " ".join(ast.get_docstring(found[name]).split())
+        assert [node.lineno, node.end_lineno] * 2 == list(map(int, numbers)), f"{name}: lines {node.lineno}-{node.end_lineno}"
+        assert paper.split(",")[0] in text and equation.replace("\\|", "|").strip("`") in text, (name, paper, equation)
+        assert last <= node.lineno < node.end_lineno < cut           # in the order of the file
+        last = node.lineno
+    assert set("mask_mod log_policy sft_loss C_eps trajectory_document eq6 eq7 eq8 unmask".split()) <= {row[2] for row in rows}
     named = set(re.findall(r"`(\w+)`", README.split("## Read it")[1].split("\n## ")[0]))
     assert named >= {name for name, node in found.items() if node.lineno < cut}
 
@@ -2240,15 +2092,13 @@ exec(tests)
 
 ON_ITS_OWN = """
 import torch, dirl
-B, MASK = 2, 9
-u, z = torch.tensor([0.5, 0.2]), torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+B, MASK, u, z = 2, 9, torch.tensor([0.5, 0.2]), torch.tensor([[0.9, 0.1], [0.1, 0.9]])
 sft = dirl.noised_document(torch.tensor([1, 2, 3, 4, 5, 6]), 3, u, z, B, MASK)
 assert sft["ids"].tolist() == [1, 2, 3, 4, 5, 6, 3, MASK, MASK, 6] and sft["target"].tolist() == [4, 5]
 t = dirl.trajectory_document(torch.tensor([1, 2]), torch.tensor([3, 4, 5, 6]), torch.tensor([1, 1, 1, 2]), B, MASK)
 assert t["ids"].tolist() == [1, 2, 3, 4, 5, 6, MASK, MASK, MASK, MASK, 5, MASK] and t["reads"].tolist() == [6, 7, 8, 11]
-row = dirl.join([t], 12)
+row, i = dirl.join([t], 12), torch.arange(12)
 sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // B)
-i = torch.arange(12)
 assert sees(0, 0, i[10], i).tolist() == [True] * 4 + [False] * 6 + [True] * 2
 assert dirl.block_mask(sees, 12, "cpu", tile=6).kv_num_blocks.tolist() == [[[1, 2]]]
 g = torch.Generator().manual_seed(0)
@@ -2256,8 +2106,7 @@ hidden, weight = torch.randn(4, 8, generator=g).requires_grad_(), torch.randn(10
 logp, entropy = dirl.log_probs(hidden, weight, t["target"], 1.0, MASK)
 log_pi = dirl.log_policy(hidden @ weight.T, 1.0, MASK)
 assert torch.allclose(logp, log_pi[range(4), t["target"]]) and (entropy > 0).all()
-A = dirl.advantage(torch.tensor([[1.0, 0.0]]))
-w = dirl.trajectory_weights(torch.tensor([[2, 3]]), "eq8")
+A, w = dirl.advantage(torch.tensor([[1.0, 0.0]])), dirl.trajectory_weights(torch.tensor([[2, 3]]), "eq8")
 assert A.tolist() == [[0.5, -0.5]] and torch.allclose(w, torch.tensor(0.2))
 one = torch.ones(4)
 for eq, more in ((dirl.eq6, ()), (dirl.eq7, ()), (dirl.eq8, (t["copy"][t["reads"]] - 1,))):
@@ -2275,99 +2124,83 @@ assert dirl.layout(torch.arange(4), torch.tensor([1]), torch.tensor([[9, 9]]), B
 
 
 def test_what_stands_above_the_cut_works_in_an_empty_module():
-    source = open(dirl.__file__, encoding="utf-8").read().split("# =====")[0]
-    tree = ast.parse(source)
-    assert {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+    source = Path(dirl.__file__).read_text(encoding="utf-8").split("# =====")[0]
+    nodes = list(ast.walk(ast.parse(source)))
+    assert {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes
             if isinstance(node, ast.Import | ast.ImportFrom)} == {"torch", "torch.nn.attention.flex_attention"}
-    assert all(f"dirl.{node.name}(" in ON_ITS_OWN or f"dirl.{node.name}," in ON_ITS_OWN for node in tree.body
-               if isinstance(node, ast.FunctionDef))
+    for node in ast.parse(source).body:
+        assert not isinstance(node, ast.FunctionDef) or re.search(rf"dirl\.{node.name}[(,]", ON_ITS_OWN), node.name
     subprocess.run([sys.executable, "-c", ALONE, source, ON_ITS_OWN], check=True, cwd="/")
-
-
-def readme_commands():
-    return [line[4:] for line in README.splitlines() if re.match(r"    (pip|python|torchrun) ", line)]
 
 
 def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
     """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements with --help."""
     monkeypatch.chdir(tmp_path)
     short_runs(monkeypatch, held_out=4)
-    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"},
-                                                            {"role": "assistant", "content": "!"}]}) + "\n")
-    for name in ("problems.jsonl", "test.jsonl"):
-        Path(name).write_text(json.dumps({"question": "2+1", "answer": "3"}) + "\n")
-    Path("my_reward.py").write_text(README.split("# my_reward.py")[1].split("\n\n")[0].split("\n", 1)[1].replace("\n    ", "\n")[4:])
+    jsonl("chats.jsonl", {"messages": chat("?", "!")})
+    jsonl("problems.jsonl", "2+1")
+    jsonl("test.jsonl", "2+1")
+    my_reward = README.split("# my_reward.py")[1].split("\n\n")[0].split("\n", 1)[1]
+    Path("my_reward.py").write_text(my_reward.replace("\n    ", "\n")[4:])
     for name in ("sdar", "opdlm", "qwen3"):
         shutil.copytree(policies(4).folder, f"models/{name}")
     shutil.copytree(trained, "runs/tiny-0")
-    short = {"sft": "--batch 2", "rl": "--prompts 1 --group-size 2 --max-new-tokens 4", "eval": "--max-new-tokens 4", "show": ""}
-    measurements = subprocess.run([sys.executable, os.path.join(HERE, ".github", "measure.py"), "--help"], capture_output=True,
-                                  text=True, check=True).stdout
+    rl = "--prompts 1 --group-size 2 --max-new-tokens 4 --save-every 1"
+    short = {"sft": "--batch 2 --save-every 1", "rl": rl, "eval": "--max-new-tokens 4", "show": ""}
+    measurements = measured("--help")
     assert all(name in measurements for name in re.findall(r"`python\s+\.github/measure\.py\s+(--[\w-]+)", README))
-    named = set(re.findall(r"`(--[a-z-]+)", README))                   # flags, wherever they are named
-    assert named - {"--nnodes", *re.findall("--[a-z-]+", measurements)} <= {"--" + f.name.replace("_", "-")
-                                                                            for f in fields(dirl.Config)}
-    ran = []
-    for command in readme_commands():
-        for part in command.split(" && "):
-            words = part.split()
-            if words[:2] == ["pip", "install"]:
-                assert set(words[2:]) <= {"-r", "requirements.txt", "pytest"}
-                assert os.path.exists(os.path.join(HERE, "requirements.txt"))
-            elif words[1] == ".github/measure.py":
-                assert words[2] in measurements
-            elif "pytest" in words or ".github/pictures.py" in words:
-                assert words[1:3] == ["-m", "pytest"] or os.path.exists(os.path.join(HERE, words[1]))
-            elif words[-1] == "--help":
-                with pytest.raises(SystemExit) as end:
-                    dirl.main(words[words.index("dirl.py") + 1:])
-                assert end.value.code == 0
-            else:
-                argv = words[words.index("dirl.py") + 1:]
-                stage = argv[argv.index("--stage") + 1]
-                steps = "2" if "--resume" in argv else "1"
-                if "--model" not in argv:                            # the default run: that is what `trained` did
-                    continue
-                dirl.main([*argv, *short[stage].split(),
-                           *(["--steps", steps, "--save-every", "1"] if stage in ("sft", "rl") else [])])
-            ran.append(part)
-    assert len(ran) > 8
-    assert {"show", "eval", "sft", "rl"} <= {words[words.index("--stage") + 1] for words in map(str.split, ran)
-                                             if "--stage" in words}
+    known = {"--nnodes", *re.findall("--[a-z-]+", measurements), *("--" + f.name.replace("_", "-") for f in fields(dirl.Config))}
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= known            # flags, wherever they are named
+    lines, ran, stages = re.findall(r"^    ((?:pip|python|torchrun) .*)", README, re.M), 0, set()
+    for command in (part.split() for line in lines for part in line.split(" && ")):
+        if command[:2] == ["pip", "install"]:
+            assert set(command[2:]) <= {"-r", "requirements.txt", "pytest"} and Path(HERE, "requirements.txt").exists()
+        elif command[1] == ".github/measure.py":
+            assert command[2] in measurements
+        elif "pytest" in command or ".github/pictures.py" in command:
+            assert command[1:3] == ["-m", "pytest"] or os.path.exists(os.path.join(HERE, command[1]))
+        elif command[-1] == "--help":
+            with pytest.raises(SystemExit) as end:
+                main(*command[command.index("dirl.py") + 1:])
+            assert end.value.code == 0
+        elif "--model" not in command:                               # the default run: that is what `trained` did
+            continue
+        else:
+            stage = command[command.index("--stage") + 1]
+            steps = f"--steps {2 if '--resume' in command else 1}" if stage in ("sft", "rl") else ""
+            main(*command[command.index("dirl.py") + 1:], short[stage], steps)
+            stages.add(stage)
+        ran += 1
+    assert ran > 8 and stages == {"show", "eval", "sft", "rl"}
     assert [line["step"] for line in metrics("runs/my", "rl")] == [1, 2] and os.path.exists("runs/eval-0/eval.jsonl")
     assert "accuracy" in capsys.readouterr().out
 
 
 # ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
 
-
 def torchrun(n, *argv, script=dirl.__file__):
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
-    return [sys.executable, *many, str(script), *map(str, argv)]
-
-
-def script(path, text):
-    path.write_text(text)
-    return path
+    return [sys.executable, *many, str(script), *words(*argv)]
 
 
 def short_script(folder, more="", **constants):
     """`dirl.py` in a process of its own, as `short_runs` would have it."""
     constants = {"WARMUP": 0, "MAX_ROUNDS": 1, "HELD_OUT": 0} | constants
-    text = "".join(f"dirl.{name} = {value}\n" for name, value in constants.items())
-    return script(folder / "short.py", f"import dirl\n{text}{more}\nif __name__ == '__main__':\n    dirl.main()\n")
+    lines = [f"dirl.{name} = {value}\n" for name, value in constants.items()]
+    path = folder / "short.py"
+    path.write_text(f"import dirl\n{''.join(lines)}{more}\nif __name__ == '__main__':\n    dirl.main()\n")
+    return path
 
 
-def rank_worker(folder, file, local):
+def rank_worker(folder, file, local=""):
     """Gradients of SFT and of DiPO on the same trajectories, on however many ranks there are; before, the weights, and saved."""
     from safetensors.torch import save_file
     dirl.start_ranks()
     if local:
         os.environ["LOCAL_WORLD_SIZE"] = local                      # so many ranks a node
     c = flags("--max-tokens", 100)
-    policy, g, found = dirl.load_policy(folder, c), torch.Generator().manual_seed(0), {}
-
-    found |= {"weight " + name: tensor for name, tensor in policy.named_weights(torch.float32)}
+    policy, g = dirl.load_policy(folder, c), torch.Generator().manual_seed(0)
+    found = {"weight " + name: tensor for name, tensor in policy.named_weights(torch.float32)}
     dirl.save_policy(policy, file + ".saved")
 
     def keep(name, rows, loss_of):
@@ -2377,29 +2210,22 @@ def rank_worker(folder, file, local):
             loss = loss_of(row)
             (loss * dirl.world()).backward()
             total += loss.detach()
-        found[name + " loss"] = dirl.all_sum(total)
-        found[name + " rows"] = torch.tensor(len(rows))
+        found[name + " loss"], found[name + " rows"] = dirl.all_sum(total), torch.tensor(len(rows))
         for parameter, p in policy.model.named_parameters():
             found[f"{name} {parameter}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-    documents, answer_tokens = [], 0
+    documents, answer_tokens = [], sum(24 - P for P in range(3, 10))
     for P in range(3, 10):
-        tokens = torch.randint(0, 200, (24,), generator=g)
-        K = 6 - P // 4
-        documents.append(dirl.noised_document(tokens, P, torch.rand(K, generator=g), torch.rand(K, 4, generator=g), 4,
-                                              policy.mask_id))
-        answer_tokens += 24 - P
+        tokens, K = torch.randint(0, 200, (24,), generator=g), 6 - P // 4
+        u, z = torch.rand(K, generator=g), torch.rand(K, 4, generator=g)
+        documents.append(dirl.noised_document(tokens, P, u, z, 4, policy.mask_id))
     for name, n in (("sft", 7), ("sft of one example", 1)):
         keep(name, rows_of(policy, documents[:n], 100),
              lambda row: dirl.sft_loss(policy.score(row)[0], row["weight"], answer_tokens))
-    groups = []
-    for r in ([1.0, 0.0, 0.0], [0.5, 0.0, 1.0]):
-        group = []
-        for _ in r:
-            prompt, output, steps = random_trajectory(g, 6, 10 + 4 * int(torch.randint(0, 4, (), generator=g)), 4)
-            logp = -3 * torch.rand(len(output), generator=g)
-            blocks = torch.cat([torch.zeros(6, dtype=torch.long), steps]).view(-1, 4).amax(1)
-            group.append(dirl.Trajectory(prompt, output, steps, logp, output, True, int(blocks.sum())))
-        groups.append((group, r))
+
+    def sampled():
+        prompt, output, steps = random_trajectory(g, 6, 10 + 4 * int(torch.randint(0, 4, (), generator=g)), 4)
+        return dirl.finish(prompt, output, steps, -3 * torch.rand(len(output), generator=g), policy, c)
+    groups = [([sampled() for _ in r], r) for r in ([1.0, 0.0, 0.0], [0.5, 0.0, 1.0])]
     for objective, n in itertools.product(("eq6", "eq7", "eq8"), (2, 1)):
         def loss_of(row):
             view = (row["copy"][row["reads"]] - 1,) if objective == "eq8" else ()
@@ -2413,24 +2239,20 @@ def rank_worker(folder, file, local):
 
 @alone
 def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
-    from safetensors.torch import load_file
-    results, file_weights = {}, load_file(os.path.join(policies(4).folder, "model.safetensors"))
-    worker = script(tmp_path / "worker.py",
-                    f"import sys\nfrom {Path(__file__).stem} import dirl, rank_worker\nrank_worker(*sys.argv[1:])\ndirl.barrier()\n"
-                    "dirl.os._exit(0)\n")                            # as main does
-    for n, local in ((1, ""), (2, ""), (3, ""), (4, "2")):          # 43, 43 and 42 of 128 rows on 3 ranks; 2 nodes of 2 ranks
-        file = str(tmp_path / f"{n}.safetensors")
-        subprocess.run(torchrun(n, policies(4).folder, file, local, script=worker), check=True, timeout=300, env=ONE_THREAD)
-        results[n] = load_file(file)
-    one = results.pop(1)
+    results, folder, worker = {}, policies(4).folder, tmp_path / "worker.py"
+    worker.write_text(f"import sys\nfrom {Path(__file__).stem} import dirl, rank_worker\nrank_worker(*sys.argv[1:])\n"
+                      "dirl.barrier()\ndirl.os._exit(0)\n")         # as main does
+    for n, local in ((1, []), (2, []), (3, []), (4, ["2"])):        # 43, 43 and 42 of 128 rows on 3 ranks; 2 nodes of 2 ranks
+        os.makedirs(tmp_path / str(n))
+        succeeded(torchrun(n, folder, tmp_path / str(n) / "model.safetensors", *local, script=worker))
+        results[n] = weights_of(tmp_path / str(n))
+    one, file_weights, saved = results.pop(1), weights_of(folder), files_under(tmp_path / "1" / "model.safetensors.saved")
     assert {name for name in one if name.startswith("weight ")} == {"weight " + name for name in file_weights}
     assert all(torch.equal(one["weight " + name], weight) for name, weight in file_weights.items())
     for n, found in results.items():
         assert found.keys() == one.keys()
         assert all(torch.equal(found[x], one[x]) for x in one if x.startswith("weight "))
-        for name in sorted(os.listdir(tmp_path / "1.safetensors.saved")):
-            a, b = ((tmp_path / f"{x}.safetensors.saved" / name).read_bytes() for x in (1, n))
-            assert a == b, (n, name)
+        assert files_under(tmp_path / str(n) / "model.safetensors.saved") == saved
         for name in ("sft", "sft of one example", *(f"eq{e} {k}" for e in (6, 7, 8) for k in (1, 2))):
             assert torch.isclose(found[name + " loss"], one[name + " loss"], rtol=1e-5, atol=1e-8)
             names = [x for x in one if x.startswith(name + " ") and x.split()[-1] not in ("loss", "rows")]
@@ -2449,10 +2271,8 @@ def test_ranks_wait_for_the_slowest_rollout(monkeypatch):
 
 
 def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(50, 900, (64,), generator=g).tolist()
+    lengths, plans = torch.randint(50, 900, (64,), generator=torch.Generator().manual_seed(0)).tolist(), []
     monkeypatch.setattr(dirl, "world", lambda: 4)
-    plans = []
     for r in range(4):
         monkeypatch.setattr(dirl, "rank", lambda: r)
         plans.append(dirl.deal(lengths, 1000))
@@ -2479,94 +2299,72 @@ def test_rows_of_a_long_run_have_few_lengths(max_tokens):
     assert len(packed | single) + 1 < 64                             # recompile_limit, see flex_attention
 
 
-SHORT_RL = ("--stage", "rl", "--steps", "6", "--lr", "1e-3", "--prompts", "3", "--group-size", "4", "--max-new-tokens", "24",
-            "--eval-every", "2", "--save-every", "2")
-
-
-def without_seconds(out):
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines_of(out, "rl.metrics.jsonl")]
-
-
-def started(command, log):
-    """A run whose output goes to a file."""
-    with open(log, "a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
-
-
-def finished(command):
+def finished(command, cwd=None):
     """(exit code, output, errors) of a run."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 
-def reached(run, condition, log):
-    """Wait for a moment of a run."""
-    end = time.time() + 240
-    while not condition() and run.poll() is None and time.time() < end:
-        time.sleep(0.001)
-    assert run.poll() is None and time.time() < end, open(log).read()[-2000:]
+def succeeded(command):
+    """The output of a run that must end well."""
+    code, said, err = finished(command)
+    assert code == 0, err
+    return said
 
 
-def children(pid):
-    """The processes that a process has started: torchrun's ranks are in no group with it."""
-    return [int(x) for file in Path(f"/proc/{pid}/task").glob("*/children") for x in file.read_text().split()]
-
-
-def kill(run, ranks):
-    """kill -9, torchrun first."""
-    for pid in (run.pid, *ranks):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    run.wait(timeout=90)
-
-
-def killed_when(command, condition, log):
-    """Start a run, wait for a moment, kill it with all its ranks."""
-    run = started(command, log)
-    reached(run, condition, log)
-    kill(run, children(run.pid))
+@contextlib.contextmanager
+def killed_after(command, moment, log):
+    """A run that has come to a moment, its output in a file. Later it is killed with all its ranks: kill -9, torchrun first."""
+    with open(log, "a") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
+    ranks, end = [], time.time() + 240
+    try:
+        while not moment() and run.poll() is None and time.time() < end:
+            time.sleep(0.001)
+        assert run.poll() is None and time.time() < end, log.read_text()[-2000:]
+        ranks = [int(x) for file in Path(f"/proc/{run.pid}/task").glob("*/children") for x in file.read_text().split()]
+        yield run                                                    # torchrun's ranks are in no group with it
+    finally:
+        for pid in (run.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.wait(timeout=90)
 
 
 def count(out):
-    try:
-        return sum('"reward": ' in line for line in open(os.path.join(out, "rl.metrics.jsonl")))
-    except OSError:
-        return 0
+    """The steps of RL in a run's metrics, which may be half written."""
+    path = Path(out, "rl.metrics.jsonl")
+    return path.read_text().count('"reward": ') if path.exists() else 0
 
 
 def same_run(a, b):
-    """Whether two runs left the same: metrics without seconds and answers, bit for bit, weights of the last two states, flags."""
-    assert without_seconds(a) == without_seconds(b) and sorted(os.listdir(a)) == sorted(os.listdir(b))
-    files = [name for name in os.listdir(a) if name == "rl.eval.jsonl"] + [os.path.join("rl", name)
-                                                                           for name in os.listdir(os.path.join(a, "rl"))]
-    files += [os.path.join("rl.state", step, x) for step in os.listdir(os.path.join(a, "rl.state"))
-              for x in ("__0_0.distcp", "progress.json")]
-    for name in files:
-        x, y = (Path(out, name).read_bytes() for out in (a, b))
-        if name.endswith("progress.json"):                           # the metrics' lengths hang on their seconds
-            x, y = ({k: v for k, v in json.loads(z).items() if k != "bytes"} for z in (x, y))
-        assert x == y, name
+    """Assert that two runs left the same, bit for bit; their metrics without seconds."""
+    x, y = files_under(a), files_under(b)
+    assert without_seconds(a) == without_seconds(b) and x.keys() == y.keys()
+    for path in x:
+        if path.name == "progress.json":                             # the metrics' lengths hang on their seconds
+            x[path], y[path] = (without(json.loads(files[path]), "bytes") for files in (x, y))
+        assert x[path] == y[path] or path.name in ("rl.metrics.jsonl", ".metadata"), path
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @alone
 def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tmp_path, ranks):
     """Killed before the first save, in a save, between saves, right after one; each time resumed."""
-    whole, out, log = (str(tmp_path / name) for name in ("whole", "killed", "log"))
-    run = short_script(tmp_path, HELD_OUT=8)
-    argv = [*SHORT_RL, "--model", os.path.join(trained, "sft"), "--out"]
-    undisturbed = started(torchrun(ranks, *argv, whole, script=run), log)
-    assert undisturbed.wait(timeout=300) == 0, open(log).read()[-2000:]
-    state, command = os.path.join(out, "rl.state"), torchrun(ranks, *argv, out, script=run)
-    killed_when(command, lambda: count(out) == 1, log)
+    whole, out, log, run = tmp_path / "whole", tmp_path / "killed", tmp_path / "log", short_script(tmp_path, HELD_OUT=8)
+    argv, state = (SHORT_RL, "--model", f"{trained}/sft", "--out"), out / "rl.state"
+    succeeded(torchrun(ranks, *argv, whole, script=run))
+    command = torchrun(ranks, *argv, out, script=run)
+    with killed_after(command, lambda: count(out) == 1, log):
+        pass
     code, said, err = finished(torchrun(1, *argv, out, script=run))
     assert code == 2
     assert err == f"dirl.py: error: --out {out}: it holds rl up to step 0: --resume continues it, another --out starts anew\n"
-    killed_when(command + ["--resume"], lambda: os.path.isdir(os.path.join(state, "2.tmp")), log)
-    killed_when(command + ["--resume"], lambda: count(out) >= 3, log)
-    killed_when(command + ["--resume"], lambda: os.path.isdir(os.path.join(state, "4")), log)
-    assert started(command + ["--resume"], log).wait(timeout=300) == 0, open(log).read()[-2000:]
-    assert "rl: resumed\n" in open(log).read() and "with other flags" not in open(log).read()
+    for moment in ((state / "2.tmp").is_dir, lambda: count(out) >= 3, (state / "4").is_dir):
+        with killed_after([*command, "--resume"], moment, log):
+            pass
+    said = succeeded([*command, "--resume"])
+    assert "rl: resumed\n" in said and "with other flags" not in said + log.read_text()
     assert sorted(os.listdir(state)) == ["4", "6"]
     same_run(whole, out)
     found = without_seconds(out)
@@ -2577,37 +2375,29 @@ def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tm
         return
     code, said, err = finished(command)                              # a finished stage is like a begun one
     assert code == 2 and "it holds rl up to step 6" in err and err.count("\n") == 1 and without_seconds(out) == found
-    more = ["8" if x == "6" else x for x in argv]                    # and can be prolonged, on another number of ranks
-    code, said, err = finished(torchrun(2, *more, out, "--resume", "--eps", "0.1", script=run))
-    assert code == 0 and "rl: resumed with other flags: steps 6 -> 8, eps 0.2 -> 0.1, eps_high 0.2 -> 0.1\n" in said
+    said = succeeded(torchrun(2, *argv, out, "--resume --steps 8 --eps 0.1", script=run))       # and can be prolonged, on 2
+    assert "rl: resumed with other flags: steps 6 -> 8, eps 0.2 -> 0.1, eps_high 0.2 -> 0.1\n" in said
     assert [line["step"] for line in without_seconds(out)] == list(range(9)) and without_seconds(out)[:7] == found
-    assert dirl.read_json(os.path.join(out, "rl.run.json"))["flags"]["steps"] == 8
+    assert dirl.read_json(out / "rl.run.json")["flags"]["steps"] == 8
 
 
 @alone
 def test_two_runs_do_not_share_an_out(trained, tmp_path):
     """Not while a process of the first lives, as a rank may do after kill -9 of its torchrun."""
-    out, log, run = str(tmp_path / "run"), str(tmp_path / "log"), short_script(tmp_path)
-    argv = ["1000" if x == "6" else x for x in SHORT_RL] + ["--model", os.path.join(trained, "sft"), "--out", out]
-    first, ranks = started(torchrun(2, *argv, script=run), log), []
-    refused = f"dirl.py: error: --out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)\n"
-    try:
-        reached(first, lambda: count(out) >= 1, log)
-        ranks = children(first.pid)
-        for more in ([], ["--resume"]):
-            assert finished(torchrun(1, *argv, *more, script=run)) == (2, "", refused)
+    out, log, run = tmp_path / "run", tmp_path / "log", short_script(tmp_path)
+    argv = SHORT_RL, "--steps 1000 --model", f"{trained}/sft", "--out", out
+    one, resumed = (torchrun(1, *argv, *more, script=run) for more in ((), ("--resume",)))
+    refusal = f"dirl.py: error: --out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)\n"
+    with killed_after(torchrun(2, *argv, script=run), lambda: count(out) >= 1, log) as first:
+        assert finished(one) == finished(resumed) == (2, "", refusal)
         code, said, err = finished(torchrun(2, *argv, "--resume", script=run))
-        assert code != 0 and err.count(refused) == 1 and "Traceback" not in err.split(refused)[0]
+        assert code != 0 and err.count(refusal) == 1 and "Traceback" not in err.split(refusal)[0]
         first.kill()
         first.wait()
         before = count(out)
-        assert finished(torchrun(1, *argv, "--resume", script=run)) == (2, "", refused) and count(out) >= before
-    finally:
-        kill(first, ranks)
-    steps = count(out)
-    short = [str(max(2, steps)) if x == "1000" else x for x in argv]
-    code, said, err = finished(torchrun(1, *short, "--resume", script=run))
-    assert code == 0 and f"steps 1000 -> {max(2, steps)}" in said, err
+        assert finished(resumed) == (2, "", refusal) and count(out) >= before
+    steps = max(2, count(out))
+    assert f"steps 1000 -> {steps}" in succeeded([*resumed, "--steps", str(steps)])
 
 
 @alone
@@ -2615,8 +2405,8 @@ def test_a_rank_that_raises_ends_all_with_its_message(trained, tmp_path):
     (tmp_path / "broken.py").write_text("import os\ndef reward(answer, truth):\n    if os.environ['RANK'] == '1':\n"
                                         "        raise ValueError('the reward of rank one broke')\n    return 0\n")
     start = time.time()
-    code, _, err = finished(torchrun(2, *SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", tmp_path / "run",
-                                     "--reward", "broken:reward", script=short_script(tmp_path)))
+    code, _, err = finished(torchrun(2, SHORT_RL, "--model", f"{trained}/sft", "--out", tmp_path / "run",
+                                     "--reward broken:reward", script=short_script(tmp_path)))
     assert code != 0 and "the reward of rank one broke" in err and time.time() - start < 60
 
 
@@ -2627,16 +2417,13 @@ def test_a_reward_that_is_not_finite_is_an_end(trained, tmp_path, monkeypatch, c
     monkeypatch.syspath_prepend(str(tmp_path))
     short_runs(monkeypatch, held_out=2)
     name = "bad_" + value.strip("-") + "_minus" * value.startswith("-")
-    (tmp_path / f"{name}.py").write_text(f"calls = 0\ndef reward(answer, truth):\n    global calls\n    calls += 1\n"
-                                         f"    return float('{value}') if calls > 20 else calls % 3 / 2\n")
-    argv = ["--model", os.path.join(trained, "sft"), "--reward", f"{name}:reward", "--max-new-tokens", "8"]
+    Path(f"{name}.py").write_text(f"calls = 0\ndef reward(answer, truth):\n    global calls\n    calls += 1\n"
+                                  f"    return float('{value}') if calls > 20 else calls % 3 / 2\n")
     for stage in ("rl", "eval"):
         monkeypatch.setattr(dirl, "HELD_OUT", 2 if stage == "rl" else 30)
-        with pytest.raises(SystemExit) as stop:
-            dirl.main([*SHORT_RL, *argv, "--stage", stage, "--out", stage])
-        err = capsys.readouterr().err.split("\r")[-1]
-        assert stop.value.code == 2, err
-        assert re.search(rf"dirl.py: error: --reward: {value} for the answer '.*' to '[\d+=-]+'\n$", err), err
+        line = refused(capsys, SHORT_RL, f"--max-new-tokens 8 --reward {name}:reward --stage {stage} --out {stage} --model",
+                       f"{trained}/sft")
+        assert re.fullmatch(rf"--reward: {value} for the answer '.*' to '[\d+=-]+'", line), line
         sys.modules.pop(name)
     assert [line["step"] for line in lines_of("rl", "rl.metrics.jsonl")] == [0, 1] and len(lines_of("rl", "rl.eval.jsonl")) == 2
 
@@ -2648,38 +2435,34 @@ def test_a_full_disk_is_one_line_and_leaves_the_states_before(trained, tmp_path,
     full = ("import resource\nsave = dirl.save\n\n\ndef limited(policy, optimizer, c, progress):\n    if progress['step'] == 4:\n"
             f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n    save(policy, optimizer, c, progress)\n")
     os.makedirs(tmp_path / "full")
-    argv, out = [*SHORT_RL, "--model", os.path.join(trained, "sft"), "--out"], tmp_path / "out"
-    command = torchrun(1, *argv, out, script=short_script(tmp_path / "full", full + "dirl.save = limited\n"))
-    code, said, err = finished(command)
-    line = [x for x in re.split("[\r\n]", err) if "dirl.py: error" in x]
-    assert code == 2 and len(line) == 1 and "Traceback" not in err and f"cannot save in {out}" in line[0], err
-    assert line[0].endswith(f"; the last saved state is {out}/rl.state/2")
+    argv, out, whole = (SHORT_RL, "--model", f"{trained}/sft", "--out"), tmp_path / "out", tmp_path / "whole"
+    code, said, err = finished(torchrun(1, *argv, out, script=short_script(tmp_path / "full", full + "dirl.save = limited\n")))
+    line, = (x for x in re.split("[\r\n]", err) if "dirl.py: error" in x)
+    assert code == 2 and "Traceback" not in err and f"cannot save in {out}" in line, err
+    assert line.endswith(f"; the last saved state is {out}/rl.state/2")
     assert [x for x in os.listdir(out / "rl.state") if x.isdigit()] == ["2"]
     run = short_script(tmp_path)
-    assert finished(torchrun(1, *argv, out, "--resume", script=run))[0] == 0
-    assert finished(torchrun(1, *argv, tmp_path / "whole", script=run))[0] == 0
-    same_run(tmp_path / "whole", out)
+    succeeded(torchrun(1, *argv, out, "--resume", script=run))
+    succeeded(torchrun(1, *argv, whole, script=run))
+    same_run(whole, out)
 
 
 @pytest.mark.parametrize("left", ["the last saved state is OUT/rl.state/2", "no state was saved before"])
 def test_files_that_cannot_be_written_are_one_line(trained, tmp_path, monkeypatch, capsys, left):
     """Metrics, where a folder of that name is in the way, or OUT itself has vanished."""
     short_runs(monkeypatch)
-    out, rl_step = str(tmp_path / "out"), dirl.rl_step
+    out, rl_step = tmp_path / "out", dirl.rl_step
 
     def vanishing(*args):
         if args[-2] == 3 and "no" in left:
             shutil.rmtree(out)
         elif args[-2] == 3:
-            os.rename(os.path.join(out, "rl.metrics.jsonl"), os.path.join(out, "moved"))
-            os.mkdir(os.path.join(out, "rl.metrics.jsonl"))
+            os.rename(out / "rl.metrics.jsonl", out / "moved")
+            os.mkdir(out / "rl.metrics.jsonl")
         return rl_step(*args)
     monkeypatch.setattr(dirl, "rl_step", vanishing)
-    with pytest.raises(SystemExit) as stop:
-        dirl.main([*SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", out])
-    line, = (x for x in re.split("[\r\n]", capsys.readouterr().err) if "error" in x)
-    assert stop.value.code == 2 and f"cannot write {out}/rl.metrics.jsonl: " in line
-    assert line.endswith("; " + left.replace("OUT", out))
+    line = refused(capsys, SHORT_RL, "--model", f"{trained}/sft", "--out", out)
+    assert f"cannot write {out}/rl.metrics.jsonl: " in line and line.endswith("; " + left.replace("OUT", str(out)))
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_end(trained, tmp_path, monkeypatch, capsys):
@@ -2687,22 +2470,18 @@ def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_
     calls, eq8 = [], dirl.eq8
 
     def sometimes(*terms):
-        calls.append(1)
         J, clipped = eq8(*terms)
-        return J * (float("nan") if bad(len(calls)) else 1), clipped
-    monkeypatch.setattr(dirl, "eq8", sometimes)
-    argv = [*SHORT_RL, "--prompts", "8", "--max-tokens", "100000", "--model", os.path.join(trained, "sft"), "--out"]
-    bad = lambda call: call in (2, 4, 5)                             # noqa: E731
-    dirl.main([*argv, str(tmp_path / "some")])
-    lines = metrics(str(tmp_path / "some"), "rl")
-    trains = [line for line in lines if line["forward_tokens"]]
+        return J * (float("nan") if len(calls) in bad else 1), clipped
+    monkeypatch.setattr(dirl, "eq8", noting(calls, "eq8", sometimes))
+    argv = SHORT_RL, "--prompts 8 --max-tokens 100000 --model", f"{trained}/sft", "--out"
+    bad = 2, 4, 5
+    main(*argv, tmp_path / "some")
+    trains = [line for line in metrics(tmp_path / "some", "rl") if line["forward_tokens"]]
     assert [line["grad_norm"] is None for line in trains[:6]] == [False, True, False, True, True, False][:len(trains)]
     assert [line["skipped"] for line in trains[:5]] == [0, 1, 1, 2, 3] and trains[1]["loss"] is None
     calls.clear()
-    bad = lambda call: call > 2                                      # noqa: E731
-    with pytest.raises(SystemExit) as stop:
-        dirl.main([*argv, str(tmp_path / "end")])
-    assert stop.value.code == 2 and "third gradient in a row" in capsys.readouterr().err
+    bad = range(3, 1000)
+    assert "third gradient in a row" in refused(capsys, *argv, tmp_path / "end")
     assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
 
 
@@ -2715,12 +2494,10 @@ def test_a_gap_above_the_limit_or_not_a_number_is_an_end(trained, tmp_path, monk
         token, new, logp = denoise(*terms)
         return token, new, logp + gap
     monkeypatch.setattr(dirl, "denoise", broken)
-    argv = [*SHORT_RL, "--model", os.path.join(trained, "sft"), "--out", str(tmp_path / "run")]
+    argv = SHORT_RL, "--model", f"{trained}/sft", "--out", tmp_path / "run"
     if gap < dirl.MAX_LOGP_GAP:
-        return dirl.main(argv)
-    with pytest.raises(SystemExit) as stop:
-        dirl.main(argv)
-    assert stop.value.code == 2 and "above MAX_LOGP_GAP = 0.1" in capsys.readouterr().err
+        return main(*argv)
+    assert "above MAX_LOGP_GAP = 0.1" in refused(capsys, *argv)
     *before, last = lines_of(tmp_path / "run", "rl.metrics.jsonl")  # its line is written, and is the first with a gap
     assert all(line["logp_gap"] is None for line in before) and last["loss"] is not None
     assert last["logp_gap"] == (None if math.isnan(gap) else pytest.approx(gap, abs=1e-4))
@@ -2728,11 +2505,9 @@ def test_a_gap_above_the_limit_or_not_a_number_is_an_end(trained, tmp_path, monk
 
 # ---- .github: measurements and pictures --------------------------------------------------------------------------------
 
-
 def measured(option):
     """What .github/measure.py prints in its smallest form."""
-    command = [sys.executable, os.path.join(HERE, ".github", "measure.py"), option, "--small"]
-    return subprocess.run(command, env=ONE_THREAD, stdout=subprocess.PIPE, check=True, text=True, timeout=300).stdout
+    return succeeded([sys.executable, os.path.join(HERE, ".github", "measure.py"), option, "--small"])
 
 
 def github_module(name):
@@ -2744,28 +2519,27 @@ def github_module(name):
 
 @alone
 def test_measure_bench_compares_the_layouts(tmp_path):
-    (tmp_path / "bench.txt").write_text(measured("--bench"), encoding="utf-8")
+    text = measured("--bench")
+    (tmp_path / "bench.txt").write_text(text, encoding="utf-8")
     scale, rows = github_module("pictures").bench_lines(tmp_path / "bench.txt")
     tokens = [row[3] for row in rows]
     assert [row[2] for row in rows] == ["the authors' layout", "without fake samples", "one forward (ours)"]
     assert all(row[:2] == ("1024", 2) for row in rows) and tokens == sorted(tokens, reverse=True)
     padded = 2 * (1024 + 8192) // scale
     assert tokens == [4 * padded, 2 * padded, 16 + 8 * 2]           # prompt and output of 8 tokens, two blocks of two steps
-    differences = [line.split()[-2:] for line in (tmp_path / "bench.txt").read_text().splitlines()[-2:]]
-    assert all(float(x) < 1e-4 for pair in differences for x in pair)
+    assert all(float(x) < 1e-4 for line in text.splitlines()[-2:] for x in line.split()[-2:])           # the differences
 
 
 @alone
 def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
-    rows = measured("--rollouts").splitlines()
+    text = measured("--rollouts")
     for n in (4, 8):
-        assert re.search(rf"^rollout, +{n} at once, stock: +[\d.,]+ tokens/s$", "\n".join(rows), re.M)
-        assert re.search(rf"^rollout, +{n} at once, ours : +[\d.,]+ tokens/s, [\d.]+ of stock$", "\n".join(rows), re.M)
-    gap, = (float(line.split()[-1]) for line in rows if line.startswith("logp_gap"))
-    assert gap < 1e-4
-    assert [line.split(":")[0] for line in rows if line.startswith("weight update")] == [
-        "weight update, awake", "weight update, awake", "weight update, after sleep"]
-    assert rows[-1].startswith("GPU memory in use: before the engine")
+        assert re.search(rf"^rollout, +{n} at once, stock: +[\d.,]+ tokens/s$", text, re.M)
+        assert re.search(rf"^rollout, +{n} at once, ours : +[\d.,]+ tokens/s, [\d.]+ of stock$", text, re.M)
+    gap, = re.findall(r"^logp_gap.* (\S+)$", text, re.M)
+    assert float(gap) < 1e-4
+    assert re.findall("^weight update, ([^:]+)", text, re.M) == ["awake", "awake", "after sleep"]
+    assert text.splitlines()[-1].startswith("GPU memory in use: before the engine")
 
 
 @alone
@@ -2778,11 +2552,13 @@ def test_measure_one_step_finds_no_error_at_the_first_step_only():
     assert len(gaps) == 4 and max(gaps[::2]) < 1e-4 and min(gaps[1::2]) > 1e-3               # exact, one-step, twice
 
 
+PARTS = ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
+
+
 @alone
 def test_measure_gpu_runs_every_part_and_one_that_fails_costs_no_other():
     text = measured("--gpu")
-    parts = re.findall(r"^==== (\w+): done after", text, re.M)
-    assert parts == ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
+    assert re.findall(r"^==== (\w+): done after", text, re.M) == PARTS
     assert text.count("  ok\n") == 6 and "WRONG" not in text and "failed: none" in text
     assert text.count("the authors' layout  ") == text.count("one forward (ours)") == 4
     assert re.findall(r"^step (\d): .*logp_gap \d\.\de-0[5-9]", text, re.M) == ["1", "2", "3"]
@@ -2796,13 +2572,13 @@ def test_measure_gpu_goes_on_after_a_part_that_fails_or_hangs(monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         measure.gpu()
     assert end.value.code == 1 and "failed: attention" in capsys.readouterr().out
-    assert [name for name, _ in ran] == ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
-    assert all(0 < seconds <= 170 for _, seconds in ran)
+    assert [name for name, _ in ran] == PARTS and all(0 < seconds <= 170 for _, seconds in ran)
     assert not github_module("measure").part("versions", seconds=0.01)
     assert "stopped after" in capsys.readouterr().out
 
 
 def test_pictures_come_from_the_code(trained, tmp_path):
+    from xml.dom.minidom import parse
     pictures = github_module("pictures")
     pictures.HERE = str(tmp_path)
     pictures.mask()
@@ -2810,14 +2586,14 @@ def test_pictures_come_from_the_code(trained, tmp_path):
     ours = f"{'1024':8} {2:11}  {'one forward (ours)':22} {1600:14,} {1.99:8.2f} {0.41:6.2f} {0.75:8.2f}\n"
     (tmp_path / "bench.txt").write_text(ours)
     pictures.cost(tmp_path / "bench.txt")
-    (tmp_path / "text").write_text("static, top1: relative error of the expected gradient 2.0e-15, x\n"
-                                   "seed 0, --unmask dynamic, x\n    committed at step 2:  10% of the tokens; x: mean 0.388, median\n")
+    (tmp_path / "text").write_text(
+        "static, top1: relative error of the expected gradient 2.0e-15, x\n"
+        "seed 0, --unmask dynamic, x\n    committed at step 2:  10% of the tokens; x: mean 0.388, median\n")
     pictures.bias(tmp_path / "text")
     pictures.one_step(tmp_path / "text")
-    from xml.dom.minidom import parse
     shown = set(re.findall(r"\]\(\.github/([\w-]+\.svg)\)", README))
     assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg"}
     for name in shown:
         assert "prefers-color-scheme:dark" in (tmp_path / name).read_text()
         assert len(parse(str(tmp_path / name)).getElementsByTagName("text")) > 3
-    assert (tmp_path / "mask.svg").read_text() == open(os.path.join(HERE, ".github", "mask.svg"), encoding="utf-8").read()
+    assert (tmp_path / "mask.svg").read_text() == Path(HERE, ".github", "mask.svg").read_text(encoding="utf-8")
