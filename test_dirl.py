@@ -1840,6 +1840,9 @@ def test_what_cannot_be_asked_or_written_is_one_line(policies, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     for name, question in (("half", "\ud800"), ("long", "x" * 500), ("good", "x")):
         jsonl(f"{name}.jsonl", question)
+    with pytest.raises(SystemExit), dirl.in_one_line("here"):
+        raise ValueError("two\n  lines")
+    assert capsys.readouterr().err == "dirl.py: error: here: two lines\n"
     model = "--model", policies(4).folder
     evaluate = *model, "--stage eval --max-new-tokens 4 --out out --data"
     for argv, culprit in (((*model, "--stage show", "--prompt", "\udcff"), "--prompt"),
@@ -2126,8 +2129,9 @@ assert dirl.layout(torch.arange(4), torch.tensor([1]), torch.tensor([[9, 9]]), B
 def test_what_stands_above_the_cut_works_in_an_empty_module():
     source = Path(dirl.__file__).read_text(encoding="utf-8").split("# =====")[0]
     nodes = list(ast.walk(ast.parse(source)))
-    assert {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes
-            if isinstance(node, ast.Import | ast.ImportFrom)} == {"torch", "torch.nn.attention.flex_attention"}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {getattr(node, "module", name.name) for node in imports for name in node.names} == {
+        "torch", "torch.nn.attention.flex_attention"}
     for node in ast.parse(source).body:
         assert not isinstance(node, ast.FunctionDef) or re.search(rf"dirl\.{node.name}[(,]", ON_ITS_OWN), node.name
     subprocess.run([sys.executable, "-c", ALONE, source, ON_ITS_OWN], check=True, cwd="/")
@@ -2481,7 +2485,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_
     assert [line["skipped"] for line in trains[:5]] == [0, 1, 1, 2, 3] and trains[1]["loss"] is None
     calls.clear()
     bad = range(3, 1000)
-    assert "third gradient in a row" in refused(capsys, *argv, tmp_path / "end")
+    assert "third gradient in a row" in refused(capsys, *argv, tmp_path / "end") and len(calls) == 5
     assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
 
 
