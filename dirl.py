@@ -290,7 +290,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import sys
@@ -1100,8 +1099,8 @@ class Config:
 # tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
 PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
-                 batch=8),
-    "tiny sft": dict(steps=1200, lr=2e-3, save_every=200),
+                 batch=16),
+    "tiny sft": dict(steps=850, lr=2e-3, save_every=100),
     "tiny rl": dict(steps=50, lr=2.5e-4, save_every=20),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
                  batch=16, save_every=10),
@@ -1255,7 +1254,10 @@ def arithmetic(key, held_out=False):
 
     Of eight demonstrations two are right, three stop before the last term and three undo it. SFT imitates
     all, RL finds out where to stop. A question's text says if it is held out, so the sets cannot meet."""
-    integer = random.Random(seed_of("arithmetic", key)).randrange                       # of (low, high)
+    g = generator("arithmetic", key)
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=g))
     while True:
         totals = [integer(0, 10)]
         for _ in range(integer(3, 5)):
@@ -1272,7 +1274,7 @@ def arithmetic(key, held_out=False):
 def built_in(stage, seed):
     """The records of the built-in task, as from a file: chats for sft, (question, truth) for the others."""
     if stage == "sft":
-        made = (arithmetic((seed, "sft", i)) for i in range(2**13))
+        made = (arithmetic((seed, "sft", i)) for i in range(2**14))
         return [[{"role": "user", "content": question}, {"role": "assistant", "content": work}]
                 for question, work, _ in made]
     made = [arithmetic(("held out", i), True) for i in range(HELD_OUT)] if stage == "held out" else \
