@@ -629,20 +629,6 @@ def test_the_clip_acts_on_the_side_where_more_would_be_gained(name):
         assert torch.allclose(torch.autograd.grad(J, logp)[0], expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
-def test_the_second_update_moves_the_ratio(objective, trained, tmp_path, monkeypatch):
-    """With hardly an ε, C_ε holds nothing at the first update (Eq. 6: beyond rounding) and something at the second."""
-    monkeypatch.setattr(dirl, "WARMUP", 0)
-    monkeypatch.setattr(dirl, "HELD_OUT", 0)
-    clipped = {}
-    for updates in (1, 2):
-        out = str(tmp_path / f"{updates}")
-        dirl.main(["--model", os.path.join(trained, "sft"), "--out", out, "--objective", objective, "--eps", "1e-4",
-                   "--steps", "1", "--prompts", "4", "--group-size", "4", "--updates", str(updates)])
-        clipped[updates] = metrics(out, "rl")[0]["clip_fraction"]
-    assert clipped[1] == 0 and clipped[2] > 0.1
-
-
 def test_advantage():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [2.0, 0.0, 0.0, 0.0]])
     assert torch.allclose(dirl.advantage(r), r - 0.5)
@@ -1910,6 +1896,20 @@ def test_default_run_learns(trained):
     assert set(dirl.read_json(os.path.join(trained, "rl.run.json"))["versions"]) == installed
 
 
+@pytest.mark.parametrize("objective", ["eq6", "eq7", "eq8"])
+def test_the_second_update_moves_the_ratio(objective, trained, tmp_path, monkeypatch):
+    """With hardly an ε, C_ε holds nothing at the first update (Eq. 6: beyond rounding) and something at the second."""
+    monkeypatch.setattr(dirl, "WARMUP", 0)
+    monkeypatch.setattr(dirl, "HELD_OUT", 0)
+    clipped = {}
+    for updates in (1, 2):
+        out = str(tmp_path / f"{updates}")
+        dirl.main(["--model", os.path.join(trained, "sft"), "--out", out, "--objective", objective, "--eps", "1e-4",
+                   "--steps", "1", "--prompts", "4", "--group-size", "4", "--updates", str(updates)])
+        clipped[updates] = metrics(out, "rl")[0]["clip_fraction"]
+    assert clipped[1] == 0 and clipped[2] > 0.1
+
+
 def test_a_random_reward_teaches_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("coin.py").write_text("import random\nrandom.seed(0)\ndef toss(answer, truth):\n    return random.random() < 0.5\n")
@@ -2521,7 +2521,6 @@ def github_module(name):
     return module
 
 
-@alone
 def test_measure_bench_compares_the_layouts(tmp_path):
     text = measured("--bench")
     (tmp_path / "bench.txt").write_text(text, encoding="utf-8")
@@ -2534,7 +2533,6 @@ def test_measure_bench_compares_the_layouts(tmp_path):
     assert all(float(x) < 1e-4 for line in text.splitlines()[-2:] for x in line.split()[-2:])           # the differences
 
 
-@alone
 def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
     text = measured("--rollouts")
     for n in (4, 8):
@@ -2546,7 +2544,6 @@ def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
     assert text.splitlines()[-1].startswith("GPU memory in use: before the engine")
 
 
-@alone
 def test_measure_one_step_finds_no_error_at_the_first_step_only():
     text = measured("--one-step")
     assert re.findall(r"^seed 0, --unmask (\w+)", text, re.M) == ["dynamic", "static"]
@@ -2559,7 +2556,6 @@ def test_measure_one_step_finds_no_error_at_the_first_step_only():
 PARTS = ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
 
 
-@alone
 def test_measure_gpu_runs_every_part_and_one_that_fails_costs_no_other():
     text = measured("--gpu")
     assert re.findall(r"^==== (\w+): done after", text, re.M) == PARTS
