@@ -66,8 +66,8 @@ def mask_mod(doc, copy, block):
 
 
 def block_mask(sees, N, device, tile=128):
-    """Fig. 4b's mask of one row of N tokens as a BlockMask; N is a multiple of `tile`. Made for `tile` queries
-    at a time against all keys, so that its memory is tile · N and never N · N."""
+    """Fig. 4b's mask of a row of N tokens, a multiple of `tile`, as a BlockMask. Made for `tile` queries at a
+    time against all keys, so that its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
@@ -123,7 +123,7 @@ def log_probs(hidden, weight, target, temperature, mask_id, chunk=512):
     """Eq. 2, read where a loss needs it: log π_θ(target_r | …) [R] and the entropy of π_θ there [R], nats.
 
     hidden: [R, d]; weight: [vocab, d], the vocabulary projection; target: [R]. At most chunk · vocab logits
-    exist at a time, in the backward too, which computes them again. The entropy carries no gradient."""
+    exist at a time: the backward computes those of several chunks again. The entropy carries no gradient."""
     def one(hidden, target):
         log_pi = log_policy(hidden @ weight.T, temperature, mask_id)                    # [chunk, vocab]
         return log_pi.gather(1, target[:, None])[:, 0], torch.special.entr(log_pi.detach().exp()).sum(1)
@@ -736,10 +736,11 @@ def optimizer_step(policy, optimizer, c, step, progress):
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
-    if math.isfinite(norm):
+    finite = math.isfinite(norm)
+    if finite:
         optimizer.step()
-    progress["not_finite"] = 0 if math.isfinite(norm) else progress["not_finite"] + 1
-    progress["skipped"] += not math.isfinite(norm)
+    progress["not_finite"] = 0 if finite else progress["not_finite"] + 1
+    progress["skipped"] += not finite
     optimizer.zero_grad()
     if progress["not_finite"] == 3:
         fail(f"step {step}: the third gradient in a row that is not finite; {last_state(c)}")
@@ -1162,6 +1163,8 @@ def configure(given, stage):
     c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
     c.eps_high = c.eps if c.eps_high is None else c.eps_high
     c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
+    if c.model == "tiny":
+        c.block_size = c.block_size or 4
     wrong = {
         "--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta":
             c.beta > 0 and c.objective == "eq8",
@@ -1173,8 +1176,8 @@ def configure(given, stage):
         f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl":
             stage in ("eval", "show") and c.model == "tiny",
         "--resume: say which run with --out": c.resume and not c.out,
-        f"--tokens-per-step {c.tokens_per_step}: must divide the block size":
-            c.model == "tiny" and (c.block_size or 4) % c.tokens_per_step}
+        f"--tokens-per-step {c.tokens_per_step}: must divide the block size {c.block_size}":
+            c.block_size and c.block_size % c.tokens_per_step}
     for message, is_wrong in wrong.items():
         if is_wrong:
             fail(message)
@@ -1183,8 +1186,9 @@ def configure(given, stage):
 
 def is_tiny(model):
     """Whether --model is the built-in model, or a checkpoint of it: its config.json says so."""
-    config = os.path.join(model or "tiny", "config.json")
-    return model in (None, "tiny") or os.path.isfile(config) and b'"tiny": true' in open(config, "rb").read()
+    config = Path(model or "tiny", "config.json")
+    with in_one_line(f"--model {model}"):
+        return model in (None, "tiny") or config.is_file() and b'"tiny": true' in config.read_bytes()
 
 
 def lmdeploy_runs():
@@ -1687,9 +1691,10 @@ def make_rows(policy, lengths, document, c):
 
 def write_lines(c, name, lines):
     """Append lines to OUT/name, one JSON object each; a number that is not finite is null."""
-    with in_one_line(f"cannot write {os.path.join(c.out, name)}", c):
-        with open(os.path.join(c.out, name), "a", encoding="utf-8") if rank() == 0 else nullcontext() as file:
-            for line in lines if file else []:
+    if rank() == 0:
+        path = os.path.join(c.out, name)
+        with in_one_line(f"cannot write {path}", c), open(path, "a", encoding="utf-8") as file:
+            for line in lines:
                 finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x
                           for key, x in line.items()}
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -1700,14 +1705,18 @@ def lines_of(c):
     return list(Path(c.out).glob(c.stage + ".*jsonl"))
 
 
+def state_folder(c, step):
+    return os.path.join(c.out, c.stage + ".state", str(step))
+
+
 def saved_states(c):
     """Steps of the whole states OUT/STAGE.state/N, in order."""
-    return sorted(int(x.name) for x in Path(c.out, c.stage + ".state").glob("*") if x.name.isdigit())
+    return sorted(int(x.name) for x in Path(state_folder(c, "")).glob("*") if x.name.isdigit())
 
 
 def last_state(c):
-    last = f"the last saved state is {c.out}/{c.stage}.state/"
-    return last + str(saved_states(c)[-1]) if saved_states(c) else "no state was saved before"
+    steps = saved_states(c)
+    return f"the last saved state is {state_folder(c, steps[-1])}" if steps else "no state was saved before"
 
 
 def save(policy, optimizer, c, progress):
@@ -1715,7 +1724,7 @@ def save(policy, optimizer, c, progress):
     renamed; the last two states stay."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    folder = f"{c.out}/{c.stage}.state/{progress['step']}"
+    folder = state_folder(c, progress["step"])
     with in_one_line(f"cannot save in {c.out}", c):
         save_policy(policy, os.path.join(c.out, c.stage))
         model, moments = get_state_dict(policy.model, optimizer)
@@ -1726,7 +1735,7 @@ def save(policy, optimizer, c, progress):
                 lengths = {path.name: path.stat().st_size for path in lines_of(c)}
                 write_json(os.path.join(folder + ".tmp", "progress.json"), progress | {"bytes": lengths})
         for old in saved_states(c)[:-2] if rank() == 0 else []:
-            shutil.rmtree(f"{c.out}/{c.stage}.state/{old}")
+            shutil.rmtree(state_folder(c, old))
         barrier()
 
 
@@ -1735,10 +1744,11 @@ def resume(policy, optimizer, c):
     is cut; without a state they are emptied."""
     progress = {"step": 0, "position": 0, "rewards": [], "accuracy": [], "not_finite": 0, "skipped": 0,
                 "bytes": {}}
-    if c.resume and saved_states(c):
+    steps = saved_states(c) if c.resume else []
+    if steps:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        folder = f"{c.out}/{c.stage}.state/{saved_states(c)[-1]}"
+        folder = state_folder(c, steps[-1])
         with in_one_line(f"--resume: {folder}"):
             model, moments = get_state_dict(policy.model, optimizer)
             dcp.load({"model": model, "optimizer": moments}, checkpoint_id=folder)
@@ -1828,7 +1838,7 @@ def tiny_start(c, given):
     """The checkpoint that the tiny model's stage begins with: built in OUT/init, for RL trained by SFT."""
     start = os.path.join(c.out, "init")
     if rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
-        build_tiny(start, c.block_size or 4, c.seed)
+        build_tiny(start, c.block_size, c.seed)
     barrier()                                                          # it is there for all ranks
     if c.stage == "sft":
         return start

@@ -38,10 +38,9 @@ NAME = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()
 # What config.json has in place of the tiny model's values: of SDAR-1.7B, and of the model of --bench on a CPU.
 SDAR = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
             num_key_value_heads=8, head_dim=128, rope_theta=1e6, initializer_range=0.02, torch_dtype="bfloat16",
-            max_position_embeddings=32768, tiny=False)
+            max_position_embeddings=32768)
 MEDIUM = dict(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
-              num_key_value_heads=4, head_dim=64, rope_theta=1e6, initializer_range=0.02, max_position_embeddings=32768,
-              tiny=False)
+              num_key_value_heads=4, head_dim=64, rope_theta=1e6, initializer_range=0.02, max_position_embeddings=32768)
 
 
 # ---- what all of them use --------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def random_model(folder, kind):
     dirl.build_tiny(folder, B, 0)
     if kind != "tiny":
         path = os.path.join(folder, "config.json")
-        config = dirl.read_json(path) | {"medium": MEDIUM, "1.7B": SDAR}[kind]
+        config = dirl.read_json(path) | {"medium": MEDIUM, "1.7B": SDAR}[kind] | {"tiny": False}
         dirl.write_json(path, config)
         torch.manual_seed(0)
         with torch.device(DEVICE):
