@@ -74,7 +74,7 @@ def block_mask(sees, N, device, tile=128):
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def ordered(tiles):           # FlexAttention wants how many there are in a line, and their indices first
+    def ordered(tiles):       # of each row of tiles: how many there are, and the columns, these tiles' first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
     tiles = [x[None, None] for x in (*ordered(partial), *ordered(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
@@ -94,10 +94,11 @@ def layout(clean, blocks, views, B):
 
 
 def join(documents, length=None):
-    """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); padding is one more.
+    """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); what pads it is a last
+    document, number -1.
 
-    Adds doc: [N]; makes view numbers unique and `reads`, where a loss reads, indices into the row; all else,
-    one value a token or one a read, is concatenated as it is."""
+    Adds doc: [N]. View numbers become unique in the row; `reads`, where a loss reads, become indices into it;
+    all else, one value a token or one a read, is concatenated as it is."""
     parts, tokens, views = [], 0, 0
     for i, d in enumerate(documents):
         parts.append({**d, "doc": torch.full_like(d["ids"], i), "reads": d["reads"] + tokens,
@@ -115,8 +116,8 @@ def log_policy(logits, temperature, mask_id):
     """Eq. 2: log π_θ(· | b_t^k, b^{<k}), [..., vocab], at least float32. The one definition of the policy,
     for sampler and scorer alike: temperature, and [MASK] (mask_id) forbidden."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    forbidden = torch.tensor([mask_id], device=logits.device)
-    return logits.index_fill(-1, forbidden, -torch.inf).log_softmax(-1)
+    forbidden = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+    return logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
 
 
 def log_probs(hidden, weight, target, temperature, mask_id, chunk=512):
@@ -215,9 +216,10 @@ def trajectory_document(prompt, output, steps, B, mask_id):
 # ---- Eq. 6, 7, 8: DiPO -----------------------------------------------------------------------------------
 
 def trajectory_weights(size, objective):
-    """The normaliser of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: a mean over
-    the groups of Eq. 6's 1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group."""
-    return 1 / (size if objective == "eq6" else size.sum(1, keepdim=True).expand_as(size)) / len(size)
+    """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
+    1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group; for a mean over groups, / groups."""
+    divisor = size if objective == "eq6" else size.sum(1, keepdim=True).expand_as(size)
+    return 1 / divisor / len(size)
 
 
 def eq6(logp, logp_old, A, w, eps, eps_high):
@@ -309,7 +311,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")     # one rank saves its state like many
+warnings.filterwarnings("ignore", "torch.distributed is disabled")     # dcp's, for one rank without a group
 
 # ---- the policy: transformers' Qwen3 under our mask ------------------------------------------------------
 
@@ -334,7 +336,8 @@ class Policy:
         self.base = getattr(self.model, "base", self.model.model)      # see `shard`
 
     def hidden(self, ids, pos, mask, cache=None):
-        """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA the layers are bfloat16."""
+        """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA the layers are bfloat16. transformers
+        hands a mask that comes in a dict, and what it does not know, on to `attention`."""
         return self.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
                          use_cache=False, cache=cache).last_hidden_state
 
@@ -392,10 +395,10 @@ def attention(module, query, key, value, mask, scaling, position_ids=None, cache
 
 @functools.cache
 def flex_attention():
-    """Compiled once for each row length, see `row_length`. Past the limit of recompiles fullgraph=True raises
-    an error; without it torch falls back, silently, to attention with the whole N x N score matrix."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False, fullgraph=True)
+    """Compiled for each row length (`row_length`), with and without gradient. Past the limit fullgraph=True
+    raises an error; without it torch falls back, silently, to attention with the whole N x N score matrix."""
+    return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False, fullgraph=True,
+                         recompile_limit=64)
 
 
 # ---- rollout: the PyTorch sampler ------------------------------------------------------------------------
@@ -421,31 +424,31 @@ def finish(prompt, output, steps, logp, policy, c):
 
 
 def denoise(logits, masked, u, policy, c):
-    """One decoding step of n blocks: the token drawn at each masked position, whether it is committed, its
-    log π: [n, B] each.
+    """One decoding step of n blocks: the token drawn at each position, whether it is committed, its log π:
+    [n, B] each.
 
-    logits: [masked positions, vocab]; masked: [n, B]; u: [n, B] in [0, 1), None for the likeliest tokens."""
-    log_pi = log_policy(logits, policy.temperature, policy.mask_id)                     # [masked, vocab]
-    top1, token = log_pi.max(-1)                                                        # [masked]
+    logits: [n, B, vocab]; masked: [n, B]; u: [n, B] in [0, 1), None for the likeliest tokens. All positions are
+    drawn, the masked ones are used: to pick those first, the host would have to wait for the device."""
+    log_pi = log_policy(logits, policy.temperature, policy.mask_id)                     # [n, B, vocab]
+    top1, token = log_pi.max(-1)                                                        # [n, B]
     if u is not None:
-        token = draw(log_pi, u[masked])
-    drawn = log_pi.gather(-1, token[:, None])[:, 0]
-    token, top1, drawn = (x.new_zeros(masked.shape).masked_scatter(masked, x) for x in (token, top1, drawn))
+        token = draw(log_pi, u)
+    drawn = log_pi.gather(-1, token[..., None])[..., 0]
     new = unmask(top1, drawn, masked, c.unmask, c.tokens_per_step, c.threshold, c.confidence)
     return token, new, drawn
 
 
 class BlockCache:
-    """Keys and values of n sequences, one slot a position. Every pass writes the slots of its positions."""
-    def __init__(self, slots):
-        self.slots, self.kv = slots, {}                                # kv: {layer: (keys, values)}
+    """Keys and values of n sequences at every position. A pass writes those of its positions."""
+    def __init__(self, positions):
+        self.positions, self.kv = positions, {}                        # kv: {layer: (keys, values)}
 
     def update(self, layer, k, v, pos, span):
         """k, v: [n, heads, T, head_dim] of the positions pos [n, T]. Returns those of positions 0 to span."""
         if layer not in self.kv:
-            self.kv[layer] = [x.new_zeros(*x.shape[:2], self.slots, x.shape[3]) for x in (k, v)]
+            self.kv[layer] = [x.new_zeros(*x.shape[:2], self.positions, x.shape[3]) for x in (k, v)]
         index = pos[:, None, :, None].expand_as(k)
-        return [slots.scatter_(2, index, x)[:, :, :span] for slots, x in zip(self.kv[layer], (k, v))]
+        return [kept.scatter_(2, index, x)[:, :, :span] for kept, x in zip(self.kv[layer], (k, v))]
 
     def keep(self, rows):
         for kv in self.kv.values():
@@ -471,10 +474,11 @@ def decode(policy, prompts, keys, c, greedy=False):
     is_output, stop_ids, cache = slot >= P[:, None], policy.stop_ids.to(device), BlockCache(len(slot))
 
     def forward(rows, pos):                                                             # [m], [m, T]
+        # mask_mod's rule where each position stands once: its own block and the earlier ones
         mask = slot[:int(pos.max()) + 1] // B <= pos[:, None, :, None] // B             # [m, 1, T, span]
         return policy.hidden(tokens[rows[:, None], pos], pos, mask, cache)              # [m, T, d]
 
-    live, k, s = torch.arange(n, device=device), first, torch.zeros_like(P)             # [m] each
+    live, k, s = torch.arange(n, device=device), first, torch.zeros_like(P)  # [m] each; s: steps done
     if int(first.max()):
         forward(live, slot[:int(first.max()) * B].expand(n, -1))                     # the whole prompt blocks
     while len(live):
@@ -483,7 +487,7 @@ def decode(policy, prompts, keys, c, greedy=False):
         masked = tokens[at] == policy.mask_id
         # The block before goes along: it is whole now, and so leaves its clean keys and values in the cache.
         before = (k - 1).clamp_min(0)[:, None] * B + slot[:B]                           # [m, B]
-        hidden = forward(live, torch.cat([before, pos], 1))[:, B:][masked]              # [masked, d]
+        hidden = forward(live, torch.cat([before, pos], 1))[:, B:]                      # [m, B, d]
         u_step = None if greedy else u[at].gather(2, s[:, None, None].expand(-1, B, 1))[..., 0]
         token, new, drawn = denoise(hidden @ policy.model.lm_head.weight.T, masked, u_step, policy, c)
         s = s + 1
@@ -501,8 +505,8 @@ def decode(policy, prompts, keys, c, greedy=False):
     trajectories = []
     for i, p in enumerate(P.tolist()):
         S = int(steps[i].nonzero().max()) + 1                          # a slot never decoded has step 0
-        whole = tokens[i, :p], tokens[i, p:S], steps[i, p:S], logp[i, p:S]
-        trajectories.append(finish(*(x.clone() for x in whole), policy, c))    # a view is pickled as a whole
+        parts = tokens[i, :p], tokens[i, p:S], steps[i, p:S], logp[i, p:S]
+        trajectories.append(finish(*(x.clone() for x in parts), policy, c))    # a slice is pickled whole
     return trajectories
 
 
@@ -566,7 +570,7 @@ def hook_lmdeploy(engine):
             u = None
             if engine.generator:
                 u = torch.rand(ids.shape, generator=engine.generator, device=ids.device)
-            token, new, self.logp = denoise(logits.view(*ids.shape, -1)[masked], masked, u, policy, c)
+            token, new, self.logp = denoise(logits.view(*ids.shape, -1), masked, u, policy, c)
             state = torch.where(new, DLLM_UNMASKED, torch.where(whole, DLLM_CACHED, state))
             extra_inputs.dllm_mask = state.flatten()
             return torch.where(new, token, ids).flatten(), extra_inputs
@@ -575,29 +579,29 @@ def hook_lmdeploy(engine):
             return ExtraOutputs(extra_inputs.dllm_mask, self.logp)
 
         def make_stopping_criteria(self, seqs):
-            for seq in seqs:                                   # stock: the padded prompt's end, and a stop
-                seq.output_start_pos = seq.input_end_pos       # token in the block it begins was missed
+            for seq in seqs:           # stock looks for stop tokens after the padded prompt only, and so
+                seq.output_start_pos = seq.input_end_pos       # misses one in the block the prompt begins
             return super().make_stopping_criteria(seqs)
 
     class SequenceStrategy(sequence.DLLMSequenceStrategy):
         """In the scheduler, after every forward: writes down what became of the block of each sequence."""
         def update_running(self, running, batched_outputs, **rest):
             extra = batched_outputs.extra_outputs
-            clean = (extra.dllm_mask.view(-1, B) != DLLM_MASKED).numpy()                # [n, B]
+            masked_now = (extra.dllm_mask.view(-1, B) == DLLM_MASKED).numpy()           # [n, B]
             live = [seq for seq in running if seq.status == MessageStatus.RUNNING]
-            for seq, now, logp in zip(running, clean, extra.logp.tolist()):
+            for seq, masked, logp in zip(running, masked_now, extra.logp.tolist()):
                 if seq.status == MessageStatus.RUNNING:
-                    start = seq.num_history_ids + seq.num_token_ids - B
-                    seen = vars(seq).setdefault("committed", {})       # {position: (step, log π)}
-                    step = 1 + max(seen.get(p, (0,))[0] for p in range(start, start + B))
-                    new = (seq.history_dllm_mask[start:start + B] == DLLM_MASKED) & now
-                    seen |= {start + j: (step, logp[j]) for j in new.nonzero()[0].tolist()}
-            super().update_running(running, batched_outputs, **rest)
+                    end = seq.num_history_ids + seq.num_token_ids
+                    known = vars(seq).setdefault("committed", {})      # {position: (step, log π)}
+                    step = 1 + max((known[p][0] for p in range(end - B, end) if p in known), default=0)
+                    new = (seq.history_dllm_mask[end - B:end] == DLLM_MASKED) & ~masked
+                    known |= {end - B + j: (step, logp[j]) for j in new.nonzero()[0].tolist()}
+            super().update_running(running, batched_outputs, **rest)   # sets tokens, state and who is done
             for seq in live:
                 if seq.status != MessageStatus.RUNNING:        # done, its last block still whole in there
-                    span = range(seq.input_end_pos, seq.num_history_ids + B)
-                    engine.finished[seq.session_id] = (seq.history_cache[span.start:span.stop].tolist(),
-                                                       *zip(*(seq.committed[p] for p in span)))
+                    start, end = seq.input_end_pos, seq.num_history_ids + B
+                    engine.finished[seq.session_id] = (seq.history_cache[start:end].tolist(),
+                                                       *zip(*(seq.committed[p] for p in range(start, end))))
 
     class Factory(dllm.DLLMStrategyFactory):
         def __init__(self, model_config, dllm_config):
@@ -614,13 +618,13 @@ def hook_lmdeploy(engine):
 
 class LMDeployEngine:
     """LMDeploy's PyTorch engine in this process, on this rank's GPU; it stays awake while the model trains,
-    with its cache and CUDA graphs, unless `sleep` frees them. Its tasks run while we wait for them, in a
-    thread of their own: they leave it in inference mode and on a CUDA stream of LMDeploy's."""
+    with its cache and CUDA graphs, unless `sleep` frees them. LMDeploy's code runs in a thread of its own,
+    for which we wait, because it leaves its thread in inference mode and on another CUDA stream."""
 
     def __init__(self, policy, c, **options):
         os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")      # the check would start this script again
         self.policy, self.c, self.finished, self.generator, self.asleep = policy, c, {}, None, False
-        self.session_len = -(-(c.max_length + c.max_new_tokens) // policy.B) * policy.B
+        session_len = -(-(c.max_length + c.max_new_tokens) // policy.B) * policy.B
         try:
             import lmdeploy
             from lmdeploy.pytorch.engine import Engine
@@ -631,7 +635,7 @@ class LMDeployEngine:
         lmdeploy.utils.get_logger("lmdeploy").setLevel("ERROR")
         from transformers import AutoConfig, Qwen3Config
         AutoConfig.register("sdar", type("SDARConfig", (Qwen3Config,), {"model_type": "sdar"}), exist_ok=True)
-        settings = dict(dtype="bfloat16", dllm_block_length=policy.B, session_len=self.session_len,
+        settings = dict(dtype="bfloat16", dllm_block_length=policy.B, session_len=session_len,
                         max_batch_size=c.slots, cache_max_entry_count=c.engine_memory, enable_metrics=False)
         config = lmdeploy.PytorchEngineConfig(**settings | options)     # no prefix cache: it outlives updates
         with tempfile.TemporaryDirectory() as folder:                  # the checkpoint as LMDeploy wants it
@@ -663,8 +667,9 @@ class LMDeployEngine:
                                  temperature=1.0, top_k=1)         # the cheapest: its samples are not used
 
         async def one(prompt):
-            session, status = next(self.sessions), "too long"
-            if len(prompt) + c.max_new_tokens <= self.session_len:
+            room, session = self.engine.max_session_len, next(self.sessions)
+            status = f"with the output it may have, too long for {room} tokens of cache"
+            if len(prompt) + c.max_new_tokens <= room:                         # else LMDeploy cuts the output
                 async for response in self.instance.async_stream_infer(session, list(prompt), asked):
                     status = response.status
             if session not in self.finished:
@@ -687,6 +692,7 @@ class LMDeployEngine:
         from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
         if self.asleep:
             self.call(self.engine.wakeup, ["weights"])
+            torch.cuda.synchronize()                                   # it made them on a stream of its own
         agent = self.engine.executor.model_agent
         model = agent.patched_model.get_model()                        # another one after every wakeup
         own = dict(model.named_parameters())
@@ -834,7 +840,8 @@ def sample_groups(policy, engine, c, problems, reward, step, position, seconds):
     for _ in range(MAX_ROUNDS):
         # (1) fetch prompts, (2) iterate over them; each rank takes its share of prompts x samples
         indices = range(position, position + c.prompts - len(mixed))
-        fetched, position = {i: nth(problems, i, c.seed, "rl") for i in indices}, indices.stop
+        position = indices.stop
+        fetched = {i: nth(problems, i, c.seed, "rl") for i in indices}
         mine = [(i, g) for i in fetched for g in range(c.group_size)][rank()::world()]
         with clock(seconds, "seconds_rollout"):                                # (3) request, (4) rollout
             keys = [(c.seed, "rl", step, i, g) for i, g in mine]
@@ -843,9 +850,8 @@ def sample_groups(policy, engine, c, problems, reward, step, position, seconds):
             rewards = [judge(policy, reward, fetched[i], t)[1] for (i, _), t in zip(mine, trajectories)]
         samples = sorted(gather(list(zip(mine, trajectories, rewards))), key=lambda sample: sample[0])
         for _, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
-            _, trajectories, rewards = zip(*group)
-            every.append((trajectories, rewards))
-        mixed = [(trajectories, rewards) for trajectories, rewards in every if max(rewards) > min(rewards)]
+            every.append(list(zip(*group))[1:])                                # G trajectories, G rewards
+        mixed = [(group, rewards) for group, rewards in every if max(rewards) > min(rewards)]
         if len(mixed) == c.prompts:
             break
     return mixed, every, position
@@ -944,15 +950,17 @@ def rl_step(policy, reference, engine, optimizer, c, problems, reward, step, pro
 def train_rl(policy, reference, engine, c, problems, reward, held_out):
     """DiPO on problems. Returns its progress, with every step's reward and the accuracy before and after."""
     optimizer = make_optimizer(policy, c)
+    if c.resume and c.sleep:
+        engine.sleep()                                                 # gradients too are made while loading
     progress = resume(policy, optimizer, c)
+    if c.resume:
+        engine.update_weights()                                        # it was built before they were resumed
 
     def evaluated(step):
         row = evaluate(policy, engine, c, held_out, reward, step)
         progress["accuracy"] = progress["accuracy"][:1] + [row["accuracy"]]             # first, last
         return row
-    if progress["step"]:
-        engine.update_weights()                                        # it was built before they were resumed
-    elif held_out:
+    if held_out and not progress["step"]:
         write_lines(c, "rl.metrics.jsonl", [{"step": 0} | evaluated(0)])
     bar = tqdm(range(c.steps), "rl", initial=progress["step"], disable=rank() > 0)
     for step in range(progress["step"] + 1, c.steps + 1):
@@ -1001,18 +1009,15 @@ def evaluate(policy, engine, c, problems, reward, step=None):
 
 
 def table_1(answers):
-    """One row of Table 1. The standard error is that of a mean over problems."""
-    def total(name):
-        return sum(line[name] for line in answers)
-    by_problem = {}
-    for line in answers:
-        by_problem.setdefault(line["problem"], []).append(line["reward"])
-    means = torch.tensor([sum(r) / len(r) for r in by_problem.values()], dtype=torch.float64)
-    error = means.std().item() / len(means)**0.5 if len(means) > 1 else math.nan
-    return {"accuracy": means.mean().item(), "standard_error": error,
-            "eval_tokens_per_step": total("tokens") / total("decoding_steps"),
-            "eval_length": total("length") / len(answers),
-            "eval_truncated": total("truncated") / len(answers)}
+    """One row of Table 1, from answers in the order of the problems, equally many of each. The standard
+    error is that of a mean over problems."""
+    n = answers[-1]["problem"] + 1
+    means = torch.tensor([line["reward"] for line in answers], dtype=torch.float64).view(n, -1).mean(1)
+    sums = {x: sum(line[x] for line in answers) for x in ("tokens", "decoding_steps", "length", "truncated")}
+    return {"accuracy": means.mean().item(),
+            "standard_error": means.std().item() / n**0.5 if n > 1 else math.nan,
+            "eval_tokens_per_step": sums["tokens"] / sums["decoding_steps"],
+            "eval_length": sums["length"] / len(answers), "eval_truncated": sums["truncated"] / len(answers)}
 
 
 def show(policy, engine, c, problem):
@@ -1100,8 +1105,8 @@ class Config:
 # tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
 PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
-                 batch=16),
-    "tiny sft": dict(steps=850, lr=2e-3, save_every=100),
+                 batch=12),
+    "tiny sft": dict(steps=1000, lr=2e-3, save_every=100),
     "tiny rl": dict(steps=50, lr=2.5e-4, save_every=20),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
                  batch=16, save_every=10),
@@ -1127,8 +1132,8 @@ def in_one_line(where, c=None):
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:                     # torch's CheckpointException is no Exception, and its
-        for error, _ in getattr(error, "failures", {}).values():       # text is a traceback: say the first
-            break
+        if hasattr(error, "failures"):                 # text is a traceback: say the first rank's failure
+            error, _ = next(iter(error.failures.values()))
         what = " ".join(str(error).split())[:300] or type(error).__name__
         fail(f"{where}: {what}" + (f"; {last_state(c)}" if c else ""))
 
@@ -1208,8 +1213,7 @@ def generator(*key):
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 HELD_OUT = 256                   # problems kept for evaluation, of a file at most a tenth
-
-
+EXAMPLES = 2**13                 # of the built-in task, for sft; a quarter as many problems for rl
 NEEDS = {"sft": 'needs "messages": [{"role", "content"}, ...], the last an assistant\'s',
          "rl": "needs question or problem, and ground_truth_answer, answer, or a solution with \\boxed{}"}
 
@@ -1225,7 +1229,7 @@ def read_records(path, name, stage):
         try:
             record = json.loads(record) if path.endswith(".jsonl") else record
             good.append(read_chat(record) if stage == "sft" else read_problem(record))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
             bad.append(n)
     found = f"{name} {path}: {len(bad)} of {len(records)} records are bad, the first is number {[*bad, 0][0]}"
     if len(good) <= len(bad):
@@ -1237,17 +1241,16 @@ def read_records(path, name, stage):
 
 def read_problem(record):
     """(question, truth) of a record of RL; the field names are DiRL's, GSM8K's, MATH's or Big-Math's."""
-    question = record.get("question", record.get("problem")) + ""
+    question = record.get("question", record.get("problem"))
+    question.encode()                                                  # a lone surrogate is no text
     answers = record.get("ground_truth_answer"), record.get("answer"), last_boxed(str(record.get("solution")))
     texts = [str(x).rsplit("####", 1)[-1].strip() for x in answers if isinstance(x, (str, int, float))]
-    truth = next(text for text in [*texts, None] if text != "") + ""   # None: there is none, a TypeError
-    question.encode()                                                  # a lone surrogate is no text
-    return question, truth
+    return question, next(text for text in texts if text)
 
 
 def read_chat(record):
     """The messages of a record of SFT, cut after the last assistant's: that is the answer."""
-    messages = [{"role": str(m["role"]), "content": m["content"] + ""} for m in record["messages"]]
+    messages = [{"role": str(m["role"]), "content": m["content"]} for m in record["messages"]]
     last = max(i for i, m in enumerate(messages) if i and m["role"] == "assistant")
     "".join(m["content"] for m in messages).encode()                   # a lone surrogate is no text
     return messages[:last + 1]
@@ -1278,11 +1281,11 @@ def arithmetic(key, held_out=False):
 def built_in(stage, seed):
     """The records of the built-in task, as from a file: chats for sft, (question, truth) for the others."""
     if stage == "sft":
-        made = (arithmetic((seed, "sft", i)) for i in range(2**14))
+        made = (arithmetic((seed, "sft", i)) for i in range(EXAMPLES))
         return [[{"role": "user", "content": question}, {"role": "assistant", "content": work}]
                 for question, work, _ in made]
     made = [arithmetic(("held out", i), True) for i in range(HELD_OUT)] if stage == "held out" else \
-           [arithmetic((seed, "rl", i)) for i in range(2**11)]
+           [arithmetic((seed, "rl", i)) for i in range(EXAMPLES // 4)]
     return [(question, truth) for question, _, truth in made]
 
 
@@ -1397,12 +1400,12 @@ def read_config(folder, c):
             config["block_size"] = c.block_size or 4
         for name in ("block_size", "eos_token_id", "mask_token_id"):
             value = config.get(name)
-            value = value[0] if isinstance(value, list) and value else value
-            if type(value) is not int or not 0 <= value < config["vocab_size"]:
-                if name == "mask_token_id" and value is None:
-                    config.pop(name, None)
-                else:
-                    raise ValueError(f"{name} {value!r}: a number below vocab_size is needed")
+            if name == "eos_token_id" and isinstance(value, list) and value:
+                value = value[0]
+            if name == "mask_token_id" and value is None:
+                config.pop(name, None)
+            elif type(value) is not int or not 0 <= value < config["vocab_size"]:
+                raise ValueError(f"{name} {value!r}: a number below vocab_size is needed")
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} does not divide the heads")
         qwen3_config(config)                                           # transformers checks the other fields
@@ -1484,7 +1487,7 @@ def save_policy(policy, folder):
     state = {}
     for name, tensor in policy.named_weights(getattr(torch, policy.config["torch_dtype"])):
         if rank() == 0:
-            state[name] = tensor.to("cpu", copy=True)          # a gathered one is a view on padded storage
+            state[name] = tensor.to("cpu", copy=True)          # a gathered one is a slice of padded storage
     if rank() == 0:
         with written_aside(folder) as aside:
             for file in os.scandir(policy.folder):
@@ -1561,6 +1564,7 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")                     # TF32, for the vocabulary projection
+        torch.backends.cuda.enable_cudnn_sdp(False)                    # it plans for every shape of `decode`
     if dist.is_initialized() or (n == 1 and not cuda):
         return
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if n == 1 else {}
@@ -1653,20 +1657,20 @@ def pack(lengths, max_tokens):
 
 
 def deal(lengths, max_tokens):
-    """Documents of these lengths → rows of document indices for this rank. All ranks get as many rows; the
-    last may be empty."""
-    rows = pack(lengths, max_tokens)
+    """Documents of these lengths → (rows of document indices for this rank, most tokens of a packed row). All
+    ranks get as many rows; the last may be empty. A small batch makes shorter rows, lest ranks be idle."""
+    share = -(-sum(lengths) // world())
+    room = min(max_tokens, row_length(max(share, *lengths), 0))
+    rows = pack(lengths, room)
     mine = rows[rank()::world()]
-    return mine + [[]] * (-(-len(rows) // world()) - len(mine))
+    return mine + [[]] * (-(-len(rows) // world()) - len(mine)), room
 
 
-def row_length(n, max_tokens):
-    """Row length on CUDA, few in all, since FlexAttention is compiled for each: --max-tokens for packed rows;
-    a power of two or three quarters of one for a longer document; the smallest for an empty row."""
-    if n == 0:
-        return 128
-    if n <= max_tokens:
-        return -(-max_tokens // 128) * 128
+def row_length(n, room):
+    """Row length on CUDA, few in all, since FlexAttention is compiled for each: `room` for packed rows; a
+    power of two or three quarters of one for a longer document."""
+    if n <= room:
+        return -(-room // 128) * 128
     size = max(512, 1 << (n - 1).bit_length())
     return size * 3 // 4 if n <= size * 3 // 4 else size
 
@@ -1675,14 +1679,15 @@ def make_rows(policy, lengths, document, c):
     """document(i), of lengths[i] tokens, for all i → this rank's packed rows on its device.
 
     An empty row, for a rank that has fewer than others, is a document's first block without what is read."""
+    dealt, room = deal(lengths, c.max_tokens)
     rows = []
-    for indices in deal(lengths, c.max_tokens):
+    for indices in dealt:
         documents = [document(i) for i in indices]
         if not indices:
             tokens = ("ids", "pos", "copy")
             documents = [{name: x[:policy.B] if name in tokens else x[:0] for name, x in document(0).items()}]
         n = sum(lengths[i] for i in indices)
-        length = row_length(n, c.max_tokens) if policy.device.type == "cuda" else None
+        length = row_length(n, room) if policy.device.type == "cuda" else None
         rows.append({name: x.to(policy.device) for name, x in join(documents, length).items()})
     return rows
 
@@ -1808,7 +1813,7 @@ def run_stage(c, folder, records, reward=None, eval_records=None):
         if c.stage == "show":
             show(policy, engine, c, problems[0])
         elif c.stage == "eval":
-            resume(policy, None, c)
+            resume(policy, None, c)                                    # empties eval.jsonl
             evaluate(policy, engine, c, problems, reward)
             say(f"every answer: {os.path.join(c.out, 'eval.jsonl')}")
         else:
@@ -1834,8 +1839,9 @@ def read_data(c):
     return (held_out, None) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
 
 
-def tiny_start(c, given):
-    """The checkpoint that the tiny model's stage begins with: built in OUT/init, for RL trained by SFT."""
+def tiny_checkpoint(c, given):
+    """The checkpoint that the tiny model's stage begins with: built in OUT/init; for RL that of a whole stage
+    of SFT, which is run here."""
     start = os.path.join(c.out, "init")
     if rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
         build_tiny(start, c.block_size, c.seed)
@@ -1865,7 +1871,8 @@ def main(argv=None):
     c.out, *_ = gather([c.out])                                        # one folder for all ranks
     with alone_in(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
         barrier()
-        run_stage(c, tiny_start(c, given) if c.model == "tiny" else c.model, records, reward, eval_records)
+        folder = tiny_checkpoint(c, given) if c.model == "tiny" else c.model
+        run_stage(c, folder, records, reward, eval_records)
     if world() > 1:                      # Python's own end can abort gloo's threads, and with them torchrun
         sys.stdout.flush()
         os._exit(0)

@@ -307,8 +307,8 @@ def test_pack_fills_rows_and_leaves_the_long_alone():
 def test_lengths_of_rows_are_few_and_close():
     for max_tokens in (1, 300, 1000, 4096):
         sizes = [dirl.row_length(n, max_tokens) for n in range(20000)]
-        assert len(set(sizes)) <= 15 and all(size % 128 == 0 for size in sizes) and sizes[0] == 128
-        assert len(set(sizes[1:max_tokens + 1])) == 1 and max_tokens <= sizes[max_tokens] < max_tokens + 128
+        assert len(set(sizes)) <= 15 and all(size % 128 == 0 for size in sizes)
+        assert len(set(sizes[:max_tokens + 1])) == 1 and max_tokens <= sizes[max_tokens] < max_tokens + 128
         assert all(n <= sizes[n] <= max(384, 1.5 * n) for n in range(max_tokens + 1, 20000))
 
 
@@ -1100,6 +1100,9 @@ def test_lmdeploy_a_failed_request_is_an_error_that_names_it(policies, lmdeploy_
         engine.generate([[1] * 5], [(0, 0)])
     engine.instance.async_stream_infer = stream
     assert len(engine.generate([[1] * 5], [(0, 0)])) == 1           # and the engine lives on
+    small = lmdeploy_engine(policies(4), flags("--max-new-tokens", 300), num_gpu_blocks=20)
+    with pytest.raises(RuntimeError, match="prompt of 5 tokens: .*too long for 288 tokens of cache"):
+        small.generate([[1] * 5], [(0, 0)])                         # where LMDeploy would stop earlier, and say nothing
     monkeypatch.setattr(dirl, "denoise", lambda *args: 1 / 0)
     with pytest.raises(RuntimeError, match="prompt of 5 tokens"):   # an exception in its loop is not a hang
         engine.generate([[1] * 5], [(0, 0)])
@@ -1334,9 +1337,9 @@ def test_flex_kernels_under_the_block_mask_are_dense_attention_and_tell_wrong_ma
 @in_triton_interpreter
 def test_flex_kernels_are_compiled_or_it_is_an_error(monkeypatch):
     """Beyond the recompile limit torch.compile would fall back, silently, to attention with the whole score matrix."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    limit, compile = {"backend": "eager", "recompile_limit": 1}, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: compile(*args, **more | limit))
     compiled = dirl.flex_attention.__wrapped__()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for N in (128, 256):
             q, blocks = torch.randn(1, 1, N, 16), dirl.block_mask(lambda batch, head, q, kv: q >= kv, N, "cpu")
@@ -1403,8 +1406,8 @@ def files_under(folder):
 
 
 def short_runs(monkeypatch, held_out=0):
-    """One round of rollouts a step, no warm-up, few or no evaluations: what `short_script` says to a process of its own."""
-    for name, value in (("WARMUP", 0), ("MAX_ROUNDS", 1), ("HELD_OUT", held_out)):
+    """One round of rollouts a step, no warm-up, little built-in data: what `short_script` says to a process of its own."""
+    for name, value in (("WARMUP", 0), ("MAX_ROUNDS", 1), ("HELD_OUT", held_out), ("EXAMPLES", 2**9)):
         monkeypatch.setattr(dirl, name, value)
 
 
@@ -1558,8 +1561,9 @@ KINDS = {  # checkpoint: (--block-size, what its config.json lacks, what it says
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_as_they_come_are_trained_and_leave_as_sdar(policies, tmp_path, capsys, kind):
+def test_checkpoints_as_they_come_are_trained_and_leave_as_sdar(policies, tmp_path, capsys, monkeypatch, kind):
     import transformers
+    short_runs(monkeypatch)
     given, lacks, changes = KINDS[kind]
     folder, out = changed_copy(policies(4).folder, tmp_path / "source", lacks, **changes), tmp_path / "out" / "sft"
     (folder / "README.md").write_bytes(b"\xff\r\n")
@@ -1608,8 +1612,9 @@ def test_checkpoints_as_they_come_are_trained_and_leave_as_sdar(policies, tmp_pa
         assert native.items() <= copied.model.config.rope_parameters.items()
 
 
-def test_no_thinking_closes_the_think_of_a_template(policies, tmp_path):
+def test_no_thinking_closes_the_think_of_a_template(policies, tmp_path, monkeypatch):
     """The rule of Qwen3's template: enable_thinking=False, and only it, puts a closed <think> at the prompt's end."""
+    short_runs(monkeypatch)
     folder, forward_tokens = changed_copy(policies(4).folder, str(tmp_path / "model")), []
     with open(os.path.join(folder, "chat_template.jinja"), "a") as template:
         template.write("{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
@@ -1697,6 +1702,11 @@ def test_sleep_frees_the_engine_between_rollouts_and_new_weights(trained, tmp_pa
         main("--steps 1 --prompts 4 --group-size 4 --engine lmdeploy", *more, "--model", f"{trained}/sft",
              "--out", tmp_path / str(len(more)))
         assert calls == expected
+    calls.clear()                                                   # asleep too while moments, and gradients, are loaded
+    monkeypatch.setattr(dirl, "resume", noting(calls, "resume", dirl.resume))
+    main("--steps 2 --prompts 4 --group-size 4 --engine lmdeploy --sleep --resume", "--model", f"{trained}/sft",
+         "--out", tmp_path / "1")
+    assert calls == ["sleep", "resume", "weights", "rollout", "sleep", "step", "weights", "rollout"]
 
 
 def test_recipe_sets_the_papers_values_and_flags_override_them():
@@ -1750,9 +1760,10 @@ def bad_inputs(checkpoint, folder):
     models = [  # (what config.json says otherwise, what the line names)
         (dict(model_type="sdar_moe"), "sdar_moe"), (dict(model_type="qwen3", num_experts=8), "only dense Qwen3"),
         (dict(model_type="qwen2"), "'qwen2'"), (dict(model_type=None), "model_type None"),
-        (dict(mask_token_id=262), "mask_token_id 262"), (dict(num_attention_heads=None), "num_attention_heads"),
+        (dict(mask_token_id=262), "mask_token_id 262"), (dict(mask_token_id=[261]), "mask_token_id [261]"),
+        (dict(num_attention_heads=None), "num_attention_heads"), (dict(num_key_value_heads=3), "num_key_value_heads 3"),
         (dict(hidden_size="wide"), "hidden_size"), (dict(torch_dtype="float17"), "float17"), (dict(torch_dtype="nn"), "'nn'"),
-        (dict(num_key_value_heads=3), "num_key_value_heads 3"), (dict(eos_token_id=[]), "eos_token_id"),
+        (dict(eos_token_id=[]), "eos_token_id"),
         (dict(model_type="a2d-qwen3", block_size=None), "--block-size"), (dict(use_sliding_window=True), "sliding"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding")]
     texts = {"file": "kept", "good.jsonl": good, "json/config.json": "[1, 2]", "good/config.json": json.dumps(config)}
@@ -1775,7 +1786,7 @@ def test_bad_input_is_one_line_and_exit_code_2(policies, tmp_path, monkeypatch, 
     before = files_under(tmp_path)
     for line, culprit in cases:
         assert culprit in refused(capfd, *line.split(), quiet=True), line
-    assert files_under(tmp_path) == before and len(cases) == 70
+    assert files_under(tmp_path) == before and len(cases) == 71
 
 
 @alone
@@ -1814,7 +1825,8 @@ BROKEN = {  # what is wrong: (the file, what is done to it, what the line names)
 
 
 @pytest.mark.parametrize("wrong", BROKEN)
-def test_a_broken_checkpoint_is_one_line_and_exit_code_2(policies, tmp_path, capfd, wrong):
+def test_a_broken_checkpoint_is_one_line_and_exit_code_2(policies, tmp_path, capfd, monkeypatch, wrong):
+    short_runs(monkeypatch)
     (file, do, culprit), folder, out = BROKEN[wrong], tmp_path / "model", tmp_path / "out"
     changed_copy(policies(4).folder, folder, ["mask_token_id"] * (wrong == "no room for a mask token"))
     do(folder / file)
@@ -2189,7 +2201,7 @@ def torchrun(n, *argv, script=dirl.__file__):
 
 def short_script(folder, more="", **constants):
     """`dirl.py` in a process of its own, as `short_runs` would have it."""
-    constants = {"WARMUP": 0, "MAX_ROUNDS": 1, "HELD_OUT": 0} | constants
+    constants = {"WARMUP": 0, "MAX_ROUNDS": 1, "HELD_OUT": 0, "EXAMPLES": 2**9} | constants
     lines = [f"dirl.{name} = {value}\n" for name, value in constants.items()]
     path = folder / "short.py"
     path.write_text(f"import dirl\n{''.join(lines)}{more}\nif __name__ == '__main__':\n    dirl.main()\n")
@@ -2279,28 +2291,33 @@ def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
     monkeypatch.setattr(dirl, "world", lambda: 4)
     for r in range(4):
         monkeypatch.setattr(dirl, "rank", lambda: r)
-        plans.append(dirl.deal(lengths, 1000))
+        plans.append(dirl.deal(lengths, 1000)[0])
     assert sorted(i for rows in plans for row in rows for i in row) == list(range(64))
     assert len({len(rows) for rows in plans}) == 1 and all(sum(lengths[i] for i in row) <= 1000 for rows in plans for row in rows)
     loads = [sum(lengths[i] for row in rows for i in row) for rows in plans]
     assert max(loads) / (sum(loads) / 4) - 1 < 0.05
-    assert dirl.deal([5], 10) == [[]]                                # this is rank 3: it has an empty row, like rank 0's one
+    assert dirl.deal([5], 10) == ([[]], 10)                          # this is rank 3: it has an empty row, like rank 0's one
+    dealt, room = dirl.deal([500, 700, 900, 300] * 4, 16384)         # a batch that is less than a row for each: nor here
+    assert room == 3072 and [len(row) > 0 for row in dealt] == [True]
 
 
 @pytest.mark.parametrize("max_tokens", [512, 1000, 16384])
 def test_rows_of_a_long_run_have_few_lengths(max_tokens):
-    """FlexAttention is compiled for each: packed rows have one, documents that are longer a few, an empty row the smallest."""
-    g, packed, single = torch.Generator().manual_seed(0), set(), set()
+    """FlexAttention is compiled for each, twice: packed rows have one, documents that are longer and small batches a few."""
+    g, packed, single, short = torch.Generator().manual_seed(0), set(), set(), set()
     for _ in range(300):
         lengths = (torch.rand(40, generator=g).mul(6.5).add(3).exp() * 4).long().tolist()      # 80 to 50000 tokens
-        for row in dirl.deal(lengths, max_tokens):
+        (rows, room), few = dirl.deal(lengths, max_tokens), dirl.deal(lengths[:2], max_tokens)[1]
+        assert room == max_tokens and few <= max_tokens
+        short.add(dirl.row_length(0, few))                           # of a small batch
+        for row in rows:
             n = sum(lengths[i] for i in row)
-            length = dirl.row_length(n, max_tokens)
-            assert length % 128 == 0 and length >= n and (n <= max_tokens or length <= max(512, 1.5 * n))
-            (packed if n <= max_tokens else single).add(length)
+            length = dirl.row_length(n, room)
+            assert length % 128 == 0 and length >= n and (n <= room or length <= max(512, 1.5 * n))
+            (packed if n <= room else single).add(length)
     assert packed == {-(-max_tokens // 128) * 128} and len(single) <= 2 * math.log2(2**17 / max_tokens) + 1
-    assert dirl.row_length(0, max_tokens) == 128 and dirl.row_length(max_tokens, max_tokens) == min(packed)
-    assert len(packed | single) + 1 < 64                             # recompile_limit, see flex_attention
+    assert dirl.row_length(0, max_tokens) == dirl.row_length(max_tokens, max_tokens) == min(packed) == max(short)
+    assert 2 * len(packed | single | short) < 64                     # recompile_limit, see flex_attention
 
 
 def finished(command, cwd=None):
