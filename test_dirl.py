@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def policies(tmp_path_factory):
     return policy
 
 
-OWN_PROCESSES = {}               # tests that only wait for processes of their own: {name: runs one, see `second_core`}
+OWN_PROCESSES = {}               # tests that only wait for processes of their own: {name: runs one, see `other_threads`}
 
 
 def alone(test):
@@ -69,12 +68,12 @@ def alone(test):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def second_core(request, policies, tmp_path_factory):
-    """From the start of the session on, beside the other tests, a thread makes the default run and then, one after the
-    other, the tests that are `alone`; in their turn these only say what came of it. Returns the default run, a future."""
-    items = request.session.items
-    with ThreadPoolExecutor(1) as thread:
-        default = thread.submit(default_run, str(tmp_path_factory.mktemp("default") / "run")) \
+def other_threads(request, policies, tmp_path_factory):
+    """From the start of the session on, beside the other tests, two threads make the default run and the tests that are
+    `alone`; in their turn these only say what came of it. Returns the default run, a future."""
+    items = sorted(request.session.items, key=lambda item: "trained" in item.fixturenames)      # those that need it later
+    with ThreadPoolExecutor(2) as threads:
+        default = threads.submit(default_run, str(tmp_path_factory.mktemp("default") / "run")) \
             if any("trained" in item.fixturenames for item in items) else None
 
         def begin(item):
@@ -87,14 +86,14 @@ def second_core(request, policies, tmp_path_factory):
                 if "trained" in names:
                     known["trained"] = default.result()
                 OWN_PROCESSES[item.originalname](item, {name: known[name] for name in names if name in known})
-            future = thread.submit(run)
+            future = threads.submit(run)
             item.obj = lambda **fixtures: future.result()
         for item in items:
             if getattr(item, "originalname", None) in OWN_PROCESSES:
                 policies(4)                                          # made here: it draws from torch's own generator
                 begin(item)
         yield default
-        thread.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 def default_run(out):
@@ -106,8 +105,8 @@ def default_run(out):
 
 
 @pytest.fixture(scope="session")
-def trained(second_core):
-    return second_core.result()
+def trained(other_threads):
+    return other_threads.result()
 
 
 def metrics(out, stage):
@@ -904,23 +903,23 @@ def test_unbiased_for_another_average_of_the_prompts(name):
 # ---- LMDeploy: the real engine, without its CUDA pieces where there is no GPU --------------------------------------
 
 class PagedAttention:
-    """What LMDeploy's kernel computes: block-causal attention over a paged cache, one sequence after the other."""
+    """What LMDeploy's kernel computes: block-causal attention over a paged cache; sequences of equal lengths together."""
     def __init__(self, spec):
         self.scale, self.B = spec.scale or spec.head_dim**-0.5, spec.block_sparse_size
 
     def forward(self, query, key, value, key_cache, value_cache, attn_metadata, **unused):
-        page_size, out, done = key_cache.shape[1], [], 0
-        for n, kv, pages in zip(*(getattr(attn_metadata, x).tolist() for x in ("q_seqlens", "kv_seqlens", "block_offsets"))):
-            position = torch.arange(kv)
-            at, rows = (torch.tensor(pages)[position // page_size], position % page_size), slice(done, done + n)
+        lengths, pages = torch.stack([attn_metadata.q_seqlens, attn_metadata.kv_seqlens], 1), attn_metadata.block_offsets
+        page_size, out, start = key_cache.shape[1], torch.empty_like(query), lengths[:, 0].cumsum(0) - lengths[:, 0]
+        for n, kv in lengths.unique(dim=0).tolist():
+            members, position = (lengths == torch.tensor([n, kv])).all(1), torch.arange(kv)
+            at, rows = (pages[members][:, position // page_size], position % page_size), start[members, None] + torch.arange(n)
             for cache, new in ((key_cache, key), (value_cache, value)):
-                cache[at[0][kv - n:], at[1][kv - n:]] = new[rows].to(cache.dtype)
-            q, k, v = (x.transpose(0, 1) for x in (query[rows], key_cache[at], value_cache[at]))      # [heads, tokens, dim]
-            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+                cache[at[0][:, kv - n:], at[1][kv - n:]] = new[rows].to(cache.dtype)
+            q, k, v = (x.transpose(1, 2) for x in (query[rows], key_cache[at], value_cache[at]))   # [members, heads, tokens, dim]
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             mask = position // self.B <= position[kv - n:, None] // self.B
-            out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(0, 1))
-            done += n
-        return torch.cat(out)
+            out[rows] = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2)
+        return out
 
 
 @functools.cache
@@ -965,8 +964,11 @@ def lmdeploy_on_cpu():
     agent.get_gpu_memory = lambda *args: (2**31, 2**31)
     selector._get_backend = lambda: Backend
     config.is_bf16_supported = lambda *args: True
-    torch._dynamo.config.disable = True                             # LMDeploy compiles small functions: 20 s for nothing here
-    torch.cuda.Stream = torch.cuda.Event = MagicMock                # everything is done when it is asked for
+    torch._dynamo.config.disable = True                             # LMDeploy compiles small functions: 20 s for nothing here;
+    dirl.ThreadPoolExecutor = functools.partial(ThreadPoolExecutor, initializer=setattr,       # each thread has its own config
+                                                initargs=(torch._dynamo.config, "disable", True))
+    torch.cuda.Stream = torch.cuda.Event = type("Done", (), {"__init__": lambda self, *args, **more: None} | {
+        name: lambda self, *args: True for name in ("record", "wait", "query", "synchronize", "wait_stream", "wait_event")})
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     for name in ("current_stream", "synchronize", "empty_cache"):   # not one function: torch.compile wants them different
         setattr(torch.cuda, name, lambda *args: None)
@@ -1190,10 +1192,9 @@ def test_lmdeploy_gets_its_memory_and_one_without_the_patch_point_is_an_error(po
 # ---- CUDA kernels without a GPU: Triton's interpreter runs them on CPU tensors ------------------------------------------
 
 def in_triton_interpreter(test):
-    """The test, in a pytest of its own: triton looks at TRITON_INTERPRET when it is imported. There LMDeploy compiles nothing:
-    its thread does not see torch._dynamo.config.disable."""
+    """The test, in a pytest of its own: triton looks at TRITON_INTERPRET when it is imported."""
     def run(item, fixtures):
-        more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": str(int("lmdeploy" in item.name))}
+        more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"{__file__}::{item.name}"]
         done = subprocess.run(command, env=ONE_THREAD | more, timeout=300, stdout=subprocess.PIPE, text=True)
         assert done.returncode == 0, done.stdout
@@ -1782,6 +1783,7 @@ def bad_inputs(checkpoint, folder):
 def test_bad_input_is_one_line_and_exit_code_2(policies, tmp_path, monkeypatch, capfd):
     """Nothing is written or lost."""
     monkeypatch.chdir(tmp_path)
+    short_runs(monkeypatch)
     cases = bad_inputs(policies(4).folder, tmp_path)
     before = files_under(tmp_path)
     for line, culprit in cases:
@@ -1792,7 +1794,7 @@ def test_bad_input_is_one_line_and_exit_code_2(policies, tmp_path, monkeypatch, 
 @alone
 def test_bad_input_in_processes_of_its_own(policies, tmp_path):
     """`python dirl.py` and torchrun, whose ranks say it once; transformers, which takes seconds, is not imported for it."""
-    for line, culprit in bad_inputs(policies(4).folder, tmp_path)[::9]:
+    for line, culprit in bad_inputs(policies(4).folder, tmp_path)[::15]:
         code, out, err = finished(torchrun(1, *line.split()), cwd=tmp_path)
         assert code == 2 and out == "" and err.count("\n") == 1 and culprit in err and "Traceback" not in err, (line, code, err)
     assert finished([sys.executable, "-c", "import dirl, sys\nassert 'transformers' not in sys.modules"])[0] == 0
@@ -2191,6 +2193,101 @@ def test_readme_commands_run(trained, policies, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in metrics("runs/my", "rl")] == [1, 2] and os.path.exists("runs/eval-0/eval.jsonl")
     assert "accuracy" in capsys.readouterr().out
 
+# ---- .github: measurements and pictures --------------------------------------------------------------------------------
+
+def measured(option):
+    """What .github/measure.py prints in its smallest form."""
+    return succeeded([sys.executable, os.path.join(HERE, ".github", "measure.py"), option, "--small"])
+
+
+def github_module(name):
+    spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, ".github", name + ".py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@alone
+def test_measure_bench_compares_the_layouts(tmp_path):
+    text = measured("--bench")
+    (tmp_path / "bench.txt").write_text(text, encoding="utf-8")
+    scale, rows = github_module("pictures").bench_lines(tmp_path / "bench.txt")
+    tokens = [row[3] for row in rows]
+    assert [row[2] for row in rows] == ["the authors' layout", "without fake samples", "one forward (ours)"]
+    assert all(row[:2] == ("1024", 2) for row in rows) and tokens == sorted(tokens, reverse=True)
+    padded = 2 * (1024 + 8192) // scale
+    assert tokens == [4 * padded, 2 * padded, 16 + 8 * 2]           # prompt and output of 8 tokens, two blocks of two steps
+    assert all(float(x) < 1e-4 for line in text.splitlines()[-2:] for x in line.split()[-2:])           # the differences
+
+
+@alone
+def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
+    text = measured("--rollouts")
+    for n in (4, 8):
+        assert re.search(rf"^rollout, +{n} at once, stock: +[\d.,]+ tokens/s$", text, re.M)
+        assert re.search(rf"^rollout, +{n} at once, ours : +[\d.,]+ tokens/s, [\d.]+ of stock$", text, re.M)
+    gap, = re.findall(r"^logp_gap.* (\S+)$", text, re.M)
+    assert float(gap) < 1e-4
+    assert re.findall("^weight update, ([^:]+)", text, re.M) == ["awake", "awake", "after sleep"]
+    assert text.splitlines()[-1].startswith("GPU memory in use: before the engine")
+
+
+@alone
+def test_measure_one_step_finds_no_error_at_the_first_step_only():
+    text = measured("--one-step")
+    assert re.findall(r"^seed 0, --unmask (\w+)", text, re.M) == ["dynamic", "static"]
+    errors = [(int(s), float(e)) for s, e in re.findall(r"committed at step (\d): .* max ([\d.]+)$", text, re.M)]
+    assert all((e < 1e-3) == (s == 1) for s, e in errors) and {s for s, _ in errors} == {1, 2, 3, 4}
+    gaps = [float(x) for x in re.findall(r"RL with .*largest logp_gap ([\d.e+-]+)$", text, re.M)]
+    assert len(gaps) == 4 and max(gaps[::2]) < 1e-4 and min(gaps[1::2]) > 1e-3               # exact, one-step, twice
+
+
+PARTS = ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
+
+
+@alone
+def test_measure_gpu_runs_every_part_and_one_that_fails_costs_no_other():
+    text = measured("--gpu")
+    assert re.findall(r"^==== (\w+): done after", text, re.M) == PARTS
+    assert text.count("  ok\n") == 6 and "WRONG" not in text and "failed: none" in text
+    assert text.count("the authors' layout  ") == text.count("one forward (ours)") == 4
+    assert re.findall(r"^step (\d): .*logp_gap \d\.\de-0[5-9]", text, re.M) == ["1", "2", "3"]
+    for phase in ("rollout", "reward", "forward", "backward", "update", "weights"):
+        assert len(re.findall(rf"{phase} [\d.]+ s \([\d.]+ GB\)", text)) == 3
+
+
+def test_measure_gpu_goes_on_after_a_part_that_fails_or_hangs(monkeypatch, capsys):
+    measure, ran = github_module("measure"), []
+    monkeypatch.setattr(measure, "part", lambda name, *args, seconds: ran.append((name, seconds)) or name != "attention")
+    with pytest.raises(SystemExit) as end:
+        measure.gpu()
+    assert end.value.code == 1 and "failed: attention" in capsys.readouterr().out
+    assert [name for name, _ in ran] == PARTS and all(0 < seconds <= 170 for _, seconds in ran)
+    assert not github_module("measure").part("versions", seconds=0.01)
+    assert "stopped after" in capsys.readouterr().out
+
+
+def test_pictures_come_from_the_code(trained, tmp_path):
+    from xml.dom.minidom import parse
+    pictures = github_module("pictures")
+    pictures.HERE = str(tmp_path)
+    pictures.mask()
+    pictures.curves([trained, trained])
+    ours = f"{'1024':8} {2:11}  {'one forward (ours)':22} {1600:14,} {1.99:8.2f} {0.41:6.2f} {0.75:8.2f}\n"
+    (tmp_path / "bench.txt").write_text(ours)
+    pictures.cost(tmp_path / "bench.txt")
+    (tmp_path / "text").write_text(
+        "static, top1: relative error of the expected gradient 2.0e-15, x\n"
+        "seed 0, --unmask dynamic, x\n    committed at step 2:  10% of the tokens; x: mean 0.388, median\n")
+    pictures.bias(tmp_path / "text")
+    pictures.one_step(tmp_path / "text")
+    shown = set(re.findall(r"\]\(\.github/([\w-]+\.svg)\)", README))
+    assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg"}
+    for name in shown:
+        assert "prefers-color-scheme:dark" in (tmp_path / name).read_text()
+        assert len(parse(str(tmp_path / name)).getElementsByTagName("text")) > 3
+    assert (tmp_path / "mask.svg").read_text() == Path(HERE, ".github", "mask.svg").read_text(encoding="utf-8")
+
 
 # ---- ranks, resume, bad days: real processes ----------------------------------------------------------------------
 
@@ -2206,6 +2303,171 @@ def short_script(folder, more="", **constants):
     path = folder / "short.py"
     path.write_text(f"import dirl\n{''.join(lines)}{more}\nif __name__ == '__main__':\n    dirl.main()\n")
     return path
+
+
+def finished(command, cwd=None):
+    """(exit code, output, errors) of a run."""
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def succeeded(command):
+    """The output of a run that must end well."""
+    code, said, err = finished(command)
+    assert code == 0, err
+    return said
+
+
+@contextlib.contextmanager
+def killed_after(command, moment, log):
+    """A run that has come to a moment, its output in a file. Later it is killed with all its ranks: kill -9, torchrun first."""
+    with open(log, "a") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
+    ranks, end = [], time.time() + 240
+    try:
+        while not moment() and run.poll() is None and time.time() < end:
+            time.sleep(0.001)
+        assert run.poll() is None and time.time() < end, log.read_text()[-2000:]
+        ranks = [int(x) for file in Path(f"/proc/{run.pid}/task").glob("*/children") for x in file.read_text().split()]
+        yield run                                                    # torchrun's ranks are in no group with it
+    finally:
+        for pid in (run.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.wait(timeout=90)
+
+
+def count(out):
+    """The steps of RL in a run's metrics, which may be half written."""
+    path = Path(out, "rl.metrics.jsonl")
+    return path.read_text().count('"reward": ') if path.exists() else 0
+
+
+def same_run(a, b):
+    """Assert that two runs left the same, bit for bit; their metrics without seconds."""
+    x, y = files_under(a), files_under(b)
+    assert without_seconds(a) == without_seconds(b) and x.keys() == y.keys()
+    for path in x:
+        if path.name == "progress.json":                             # the metrics' lengths hang on their seconds
+            x[path], y[path] = (without(json.loads(files[path]), "bytes") for files in (x, y))
+        assert x[path] == y[path] or path.name in ("rl.metrics.jsonl", ".metadata"), path
+
+
+def test_ranks_wait_for_the_slowest_rollout(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dirl.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dirl.dist, "init_process_group", lambda backend, timeout: asked.update(timeout=timeout))
+    dirl.start_ranks()
+    assert asked["timeout"].total_seconds() >= 12 * 3600
+
+
+def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
+    lengths, plans = torch.randint(50, 900, (64,), generator=torch.Generator().manual_seed(0)).tolist(), []
+    monkeypatch.setattr(dirl, "world", lambda: 4)
+    for r in range(4):
+        monkeypatch.setattr(dirl, "rank", lambda: r)
+        plans.append(dirl.deal(lengths, 1000)[0])
+    assert sorted(i for rows in plans for row in rows for i in row) == list(range(64))
+    assert len({len(rows) for rows in plans}) == 1 and all(sum(lengths[i] for i in row) <= 1000 for rows in plans for row in rows)
+    loads = [sum(lengths[i] for row in rows for i in row) for rows in plans]
+    assert max(loads) / (sum(loads) / 4) - 1 < 0.05
+    assert dirl.deal([5], 10) == ([[]], 10)                          # this is rank 3: it has an empty row, like rank 0's one
+    dealt, room = dirl.deal([500, 700, 900, 300] * 4, 16384)         # a batch that is less than a row for each: nor here
+    assert room == 3072 and [len(row) > 0 for row in dealt] == [True]
+
+
+@pytest.mark.parametrize("max_tokens", [512, 1000, 16384])
+def test_rows_of_a_long_run_have_few_lengths(max_tokens):
+    """FlexAttention is compiled for each, twice: packed rows have one, documents that are longer and small batches a few."""
+    g, packed, single, short = torch.Generator().manual_seed(0), set(), set(), set()
+    for _ in range(300):
+        lengths = (torch.rand(40, generator=g).mul(6.5).add(3).exp() * 4).long().tolist()      # 80 to 50000 tokens
+        (rows, room), few = dirl.deal(lengths, max_tokens), dirl.deal(lengths[:2], max_tokens)[1]
+        assert room == max_tokens and few <= max_tokens
+        short.add(dirl.row_length(0, few))                           # of a small batch
+        for row in rows:
+            n = sum(lengths[i] for i in row)
+            length = dirl.row_length(n, room)
+            assert length % 128 == 0 and length >= n and (n <= room or length <= max(512, 1.5 * n))
+            (packed if n <= room else single).add(length)
+    assert packed == {-(-max_tokens // 128) * 128} and len(single) <= 2 * math.log2(2**17 / max_tokens) + 1
+    assert dirl.row_length(0, max_tokens) == dirl.row_length(max_tokens, max_tokens) == min(packed) == max(short)
+    assert 2 * len(packed | single | short) < 64                     # recompile_limit, see flex_attention
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_reward_that_is_not_finite_is_an_end(trained, tmp_path, monkeypatch, capsys, value):
+    """One line that names the question and the answer, in RL and in evaluation; what is written holds no bare NaN."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    short_runs(monkeypatch, held_out=2)
+    name = "bad_" + value.strip("-") + "_minus" * value.startswith("-")
+    Path(f"{name}.py").write_text(f"calls = 0\ndef reward(answer, truth):\n    global calls\n    calls += 1\n"
+                                  f"    return float('{value}') if calls > 20 else calls % 3 / 2\n")
+    for stage in ("rl", "eval"):
+        monkeypatch.setattr(dirl, "HELD_OUT", 2 if stage == "rl" else 30)
+        line = refused(capsys, SHORT_RL, f"--max-new-tokens 8 --reward {name}:reward --stage {stage} --out {stage} --model",
+                       f"{trained}/sft")
+        assert re.fullmatch(rf"--reward: {value} for the answer '.*' to '[\d+=-]+'", line), line
+        sys.modules.pop(name)
+    assert [line["step"] for line in lines_of("rl", "rl.metrics.jsonl")] == [0, 1] and len(lines_of("rl", "rl.eval.jsonl")) == 2
+
+
+@pytest.mark.parametrize("left", ["the last saved state is OUT/rl.state/2", "no state was saved before"])
+def test_files_that_cannot_be_written_are_one_line(trained, tmp_path, monkeypatch, capsys, left):
+    """Metrics, where a folder of that name is in the way, or OUT itself has vanished."""
+    short_runs(monkeypatch)
+    out, rl_step = tmp_path / "out", dirl.rl_step
+
+    def vanishing(*args):
+        if args[-2] == 3 and "no" in left:
+            shutil.rmtree(out)
+        elif args[-2] == 3:
+            os.rename(out / "rl.metrics.jsonl", out / "moved")
+            os.mkdir(out / "rl.metrics.jsonl")
+        return rl_step(*args)
+    monkeypatch.setattr(dirl, "rl_step", vanishing)
+    line = refused(capsys, SHORT_RL, "--model", f"{trained}/sft", "--out", out)
+    assert f"cannot write {out}/rl.metrics.jsonl: " in line and line.endswith("; " + left.replace("OUT", str(out)))
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_end(trained, tmp_path, monkeypatch, capsys):
+    short_runs(monkeypatch, held_out=8)
+    calls, eq8 = [], dirl.eq8
+
+    def sometimes(*terms):
+        J, clipped = eq8(*terms)
+        return J * (float("nan") if len(calls) in bad else 1), clipped
+    monkeypatch.setattr(dirl, "eq8", noting(calls, "eq8", sometimes))
+    argv = SHORT_RL, "--prompts 8 --max-tokens 100000 --model", f"{trained}/sft", "--out"
+    bad = 2, 4, 5
+    main(*argv, tmp_path / "some")
+    trains = [line for line in metrics(tmp_path / "some", "rl") if line["forward_tokens"]]
+    assert [line["grad_norm"] is None for line in trains[:6]] == [False, True, False, True, True, False][:len(trains)]
+    assert [line["skipped"] for line in trains[:5]] == [0, 1, 1, 2, 3] and trains[1]["loss"] is None
+    calls.clear()
+    bad = range(3, 1000)
+    assert "third gradient in a row" in refused(capsys, *argv, tmp_path / "end") and len(calls) == 5
+    assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
+
+
+@pytest.mark.parametrize("gap", [float("nan"), 0.11, 0.09])
+def test_a_gap_above_the_limit_or_not_a_number_is_an_end(trained, tmp_path, monkeypatch, capsys, gap):
+    short_runs(monkeypatch)
+    denoise = dirl.denoise
+
+    def broken(*terms):
+        token, new, logp = denoise(*terms)
+        return token, new, logp + gap
+    monkeypatch.setattr(dirl, "denoise", broken)
+    argv = SHORT_RL, "--model", f"{trained}/sft", "--out", tmp_path / "run"
+    if gap < dirl.MAX_LOGP_GAP:
+        return main(*argv)
+    assert "above MAX_LOGP_GAP = 0.1" in refused(capsys, *argv)
+    *before, last = lines_of(tmp_path / "run", "rl.metrics.jsonl")  # its line is written, and is the first with a gap
+    assert all(line["logp_gap"] is None for line in before) and last["loss"] is not None
+    assert last["logp_gap"] == (None if math.isnan(gap) else pytest.approx(gap, abs=1e-4))
 
 
 def rank_worker(folder, file, local=""):
@@ -2277,102 +2539,15 @@ def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
             assert found[name + " rows"] <= one[name + " rows"]
 
 
-def test_ranks_wait_for_the_slowest_rollout(monkeypatch):
-    asked = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dirl.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(dirl.dist, "init_process_group", lambda backend, timeout: asked.update(timeout=timeout))
-    dirl.start_ranks()
-    assert asked["timeout"].total_seconds() >= 12 * 3600
-
-
-def test_documents_are_dealt_to_ranks_by_their_tokens(monkeypatch):
-    lengths, plans = torch.randint(50, 900, (64,), generator=torch.Generator().manual_seed(0)).tolist(), []
-    monkeypatch.setattr(dirl, "world", lambda: 4)
-    for r in range(4):
-        monkeypatch.setattr(dirl, "rank", lambda: r)
-        plans.append(dirl.deal(lengths, 1000)[0])
-    assert sorted(i for rows in plans for row in rows for i in row) == list(range(64))
-    assert len({len(rows) for rows in plans}) == 1 and all(sum(lengths[i] for i in row) <= 1000 for rows in plans for row in rows)
-    loads = [sum(lengths[i] for row in rows for i in row) for rows in plans]
-    assert max(loads) / (sum(loads) / 4) - 1 < 0.05
-    assert dirl.deal([5], 10) == ([[]], 10)                          # this is rank 3: it has an empty row, like rank 0's one
-    dealt, room = dirl.deal([500, 700, 900, 300] * 4, 16384)         # a batch that is less than a row for each: nor here
-    assert room == 3072 and [len(row) > 0 for row in dealt] == [True]
-
-
-@pytest.mark.parametrize("max_tokens", [512, 1000, 16384])
-def test_rows_of_a_long_run_have_few_lengths(max_tokens):
-    """FlexAttention is compiled for each, twice: packed rows have one, documents that are longer and small batches a few."""
-    g, packed, single, short = torch.Generator().manual_seed(0), set(), set(), set()
-    for _ in range(300):
-        lengths = (torch.rand(40, generator=g).mul(6.5).add(3).exp() * 4).long().tolist()      # 80 to 50000 tokens
-        (rows, room), few = dirl.deal(lengths, max_tokens), dirl.deal(lengths[:2], max_tokens)[1]
-        assert room == max_tokens and few <= max_tokens
-        short.add(dirl.row_length(0, few))                           # of a small batch
-        for row in rows:
-            n = sum(lengths[i] for i in row)
-            length = dirl.row_length(n, room)
-            assert length % 128 == 0 and length >= n and (n <= room or length <= max(512, 1.5 * n))
-            (packed if n <= room else single).add(length)
-    assert packed == {-(-max_tokens // 128) * 128} and len(single) <= 2 * math.log2(2**17 / max_tokens) + 1
-    assert dirl.row_length(0, max_tokens) == dirl.row_length(max_tokens, max_tokens) == min(packed) == max(short)
-    assert 2 * len(packed | single | short) < 64                     # recompile_limit, see flex_attention
-
-
-def finished(command, cwd=None):
-    """(exit code, output, errors) of a run."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300, cwd=cwd)
-    return done.returncode, done.stdout, done.stderr
-
-
-def succeeded(command):
-    """The output of a run that must end well."""
-    code, said, err = finished(command)
-    assert code == 0, err
-    return said
-
-
-@contextlib.contextmanager
-def killed_after(command, moment, log):
-    """A run that has come to a moment, its output in a file. Later it is killed with all its ranks: kill -9, torchrun first."""
-    with open(log, "a") as file:
-        run = subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
-    ranks, end = [], time.time() + 240
-    try:
-        while not moment() and run.poll() is None and time.time() < end:
-            time.sleep(0.001)
-        assert run.poll() is None and time.time() < end, log.read_text()[-2000:]
-        ranks = [int(x) for file in Path(f"/proc/{run.pid}/task").glob("*/children") for x in file.read_text().split()]
-        yield run                                                    # torchrun's ranks are in no group with it
-    finally:
-        for pid in (run.pid, *ranks):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        run.wait(timeout=90)
-
-
-def count(out):
-    """The steps of RL in a run's metrics, which may be half written."""
-    path = Path(out, "rl.metrics.jsonl")
-    return path.read_text().count('"reward": ') if path.exists() else 0
-
-
-def same_run(a, b):
-    """Assert that two runs left the same, bit for bit; their metrics without seconds."""
-    x, y = files_under(a), files_under(b)
-    assert without_seconds(a) == without_seconds(b) and x.keys() == y.keys()
-    for path in x:
-        if path.name == "progress.json":                             # the metrics' lengths hang on their seconds
-            x[path], y[path] = (without(json.loads(files[path]), "bytes") for files in (x, y))
-        assert x[path] == y[path] or path.name in ("rl.metrics.jsonl", ".metadata"), path
-
-
 @pytest.mark.parametrize("ranks", [1, 3])
 @alone
 def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tmp_path, ranks):
-    """Killed before the first save, in a save, between saves, right after one; each time resumed."""
-    whole, out, log, run = tmp_path / "whole", tmp_path / "killed", tmp_path / "log", short_script(tmp_path, HELD_OUT=8)
+    """Killed before the first save, in a save, between saves, right after one; each time resumed. Rank 0 is slow to write, so
+    that no moment is missed."""
+    slow = ("import time\nwrite_json, write_lines = dirl.write_json, dirl.write_lines\n"
+            "dirl.write_json = lambda *args: (write_json(*args), time.sleep(0.2))\n"
+            "dirl.write_lines = lambda *args: (write_lines(*args), time.sleep(0.2))\n")
+    whole, out, log, run = tmp_path / "whole", tmp_path / "killed", tmp_path / "log", short_script(tmp_path, slow, HELD_OUT=8)
     argv, state = (SHORT_RL, "--model", f"{trained}/sft", "--out"), out / "rl.state"
     succeeded(torchrun(ranks, *argv, whole, script=run))
     command = torchrun(ranks, *argv, out, script=run)
@@ -2405,7 +2580,8 @@ def test_killed_at_any_moment_and_resumed_as_if_nothing_had_happened(trained, tm
 @alone
 def test_two_runs_do_not_share_an_out(trained, tmp_path):
     """Not while a process of the first lives, as a rank may do after kill -9 of its torchrun."""
-    out, log, run = tmp_path / "run", tmp_path / "log", short_script(tmp_path)
+    slow = "import time\nrl_step = dirl.rl_step\ndirl.rl_step = lambda *args: (time.sleep(1), rl_step(*args))[1]\n"
+    out, log, run = tmp_path / "run", tmp_path / "log", short_script(tmp_path, slow)
     argv = SHORT_RL, "--steps 1000 --model", f"{trained}/sft", "--out", out
     one, resumed = (torchrun(1, *argv, *more, script=run) for more in ((), ("--resume",)))
     refusal = f"dirl.py: error: --out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)\n"
@@ -2431,186 +2607,23 @@ def test_a_rank_that_raises_ends_all_with_its_message(trained, tmp_path):
     assert code != 0 and "the reward of rank one broke" in err and time.time() - start < 60
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_reward_that_is_not_finite_is_an_end(trained, tmp_path, monkeypatch, capsys, value):
-    """One line that names the question and the answer, in RL and in evaluation; what is written holds no bare NaN."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    short_runs(monkeypatch, held_out=2)
-    name = "bad_" + value.strip("-") + "_minus" * value.startswith("-")
-    Path(f"{name}.py").write_text(f"calls = 0\ndef reward(answer, truth):\n    global calls\n    calls += 1\n"
-                                  f"    return float('{value}') if calls > 20 else calls % 3 / 2\n")
-    for stage in ("rl", "eval"):
-        monkeypatch.setattr(dirl, "HELD_OUT", 2 if stage == "rl" else 30)
-        line = refused(capsys, SHORT_RL, f"--max-new-tokens 8 --reward {name}:reward --stage {stage} --out {stage} --model",
-                       f"{trained}/sft")
-        assert re.fullmatch(rf"--reward: {value} for the answer '.*' to '[\d+=-]+'", line), line
-        sys.modules.pop(name)
-    assert [line["step"] for line in lines_of("rl", "rl.metrics.jsonl")] == [0, 1] and len(lines_of("rl", "rl.eval.jsonl")) == 2
-
-
-@pytest.mark.parametrize("limit, where", [(2 * 10**5, "the checkpoint"), (3 * 10**6, "the state")])
 @alone
-def test_a_full_disk_is_one_line_and_leaves_the_states_before(trained, tmp_path, limit, where):
-    """Files may not grow beyond a limit from the second save on; then the run is resumed, as if nothing had happened."""
-    full = ("import resource\nsave = dirl.save\n\n\ndef limited(policy, optimizer, c, progress):\n    if progress['step'] == 4:\n"
-            f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n    save(policy, optimizer, c, progress)\n")
-    os.makedirs(tmp_path / "full")
-    argv, out, whole = (SHORT_RL, "--model", f"{trained}/sft", "--out"), tmp_path / "out", tmp_path / "whole"
-    code, said, err = finished(torchrun(1, *argv, out, script=short_script(tmp_path / "full", full + "dirl.save = limited\n")))
-    line, = (x for x in re.split("[\r\n]", err) if "dirl.py: error" in x)
-    assert code == 2 and "Traceback" not in err and f"cannot save in {out}" in line, err
-    assert line.endswith(f"; the last saved state is {out}/rl.state/2")
-    assert [x for x in os.listdir(out / "rl.state") if x.isdigit()] == ["2"]
-    run = short_script(tmp_path)
-    succeeded(torchrun(1, *argv, out, "--resume", script=run))
+def test_a_full_disk_is_one_line_and_leaves_the_states_before(trained, tmp_path):
+    """Files may not grow beyond a limit from the second save on: too little for the checkpoint, or for the state. Then the run
+    is resumed, as if nothing had happened."""
+    argv, whole, run = (SHORT_RL, "--model", f"{trained}/sft", "--out"), tmp_path / "whole", short_script(tmp_path)
     succeeded(torchrun(1, *argv, whole, script=run))
-    same_run(whole, out)
-
-
-@pytest.mark.parametrize("left", ["the last saved state is OUT/rl.state/2", "no state was saved before"])
-def test_files_that_cannot_be_written_are_one_line(trained, tmp_path, monkeypatch, capsys, left):
-    """Metrics, where a folder of that name is in the way, or OUT itself has vanished."""
-    short_runs(monkeypatch)
-    out, rl_step = tmp_path / "out", dirl.rl_step
-
-    def vanishing(*args):
-        if args[-2] == 3 and "no" in left:
-            shutil.rmtree(out)
-        elif args[-2] == 3:
-            os.rename(out / "rl.metrics.jsonl", out / "moved")
-            os.mkdir(out / "rl.metrics.jsonl")
-        return rl_step(*args)
-    monkeypatch.setattr(dirl, "rl_step", vanishing)
-    line = refused(capsys, SHORT_RL, "--model", f"{trained}/sft", "--out", out)
-    assert f"cannot write {out}/rl.metrics.jsonl: " in line and line.endswith("; " + left.replace("OUT", str(out)))
-
-
-def test_gradients_that_are_not_finite_are_skipped_and_the_third_in_a_row_is_an_end(trained, tmp_path, monkeypatch, capsys):
-    short_runs(monkeypatch, held_out=8)
-    calls, eq8 = [], dirl.eq8
-
-    def sometimes(*terms):
-        J, clipped = eq8(*terms)
-        return J * (float("nan") if len(calls) in bad else 1), clipped
-    monkeypatch.setattr(dirl, "eq8", noting(calls, "eq8", sometimes))
-    argv = SHORT_RL, "--prompts 8 --max-tokens 100000 --model", f"{trained}/sft", "--out"
-    bad = 2, 4, 5
-    main(*argv, tmp_path / "some")
-    trains = [line for line in metrics(tmp_path / "some", "rl") if line["forward_tokens"]]
-    assert [line["grad_norm"] is None for line in trains[:6]] == [False, True, False, True, True, False][:len(trains)]
-    assert [line["skipped"] for line in trains[:5]] == [0, 1, 1, 2, 3] and trains[1]["loss"] is None
-    calls.clear()
-    bad = range(3, 1000)
-    assert "third gradient in a row" in refused(capsys, *argv, tmp_path / "end") and len(calls) == 5
-    assert dirl.saved_states(SimpleNamespace(out=str(tmp_path / "end"), stage="rl")) in ([2], [2, 4])
-
-
-@pytest.mark.parametrize("gap", [float("nan"), 0.11, 0.09])
-def test_a_gap_above_the_limit_or_not_a_number_is_an_end(trained, tmp_path, monkeypatch, capsys, gap):
-    short_runs(monkeypatch)
-    denoise = dirl.denoise
-
-    def broken(*terms):
-        token, new, logp = denoise(*terms)
-        return token, new, logp + gap
-    monkeypatch.setattr(dirl, "denoise", broken)
-    argv = SHORT_RL, "--model", f"{trained}/sft", "--out", tmp_path / "run"
-    if gap < dirl.MAX_LOGP_GAP:
-        return main(*argv)
-    assert "above MAX_LOGP_GAP = 0.1" in refused(capsys, *argv)
-    *before, last = lines_of(tmp_path / "run", "rl.metrics.jsonl")  # its line is written, and is the first with a gap
-    assert all(line["logp_gap"] is None for line in before) and last["loss"] is not None
-    assert last["logp_gap"] == (None if math.isnan(gap) else pytest.approx(gap, abs=1e-4))
-
-
-# ---- .github: measurements and pictures --------------------------------------------------------------------------------
-
-def measured(option):
-    """What .github/measure.py prints in its smallest form."""
-    return succeeded([sys.executable, os.path.join(HERE, ".github", "measure.py"), option, "--small"])
-
-
-def github_module(name):
-    spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, ".github", name + ".py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_measure_bench_compares_the_layouts(tmp_path):
-    text = measured("--bench")
-    (tmp_path / "bench.txt").write_text(text, encoding="utf-8")
-    scale, rows = github_module("pictures").bench_lines(tmp_path / "bench.txt")
-    tokens = [row[3] for row in rows]
-    assert [row[2] for row in rows] == ["the authors' layout", "without fake samples", "one forward (ours)"]
-    assert all(row[:2] == ("1024", 2) for row in rows) and tokens == sorted(tokens, reverse=True)
-    padded = 2 * (1024 + 8192) // scale
-    assert tokens == [4 * padded, 2 * padded, 16 + 8 * 2]           # prompt and output of 8 tokens, two blocks of two steps
-    assert all(float(x) < 1e-4 for line in text.splitlines()[-2:] for x in line.split()[-2:])           # the differences
-
-
-def test_measure_rollouts_compares_lmdeploy_with_and_without_the_hook():
-    text = measured("--rollouts")
-    for n in (4, 8):
-        assert re.search(rf"^rollout, +{n} at once, stock: +[\d.,]+ tokens/s$", text, re.M)
-        assert re.search(rf"^rollout, +{n} at once, ours : +[\d.,]+ tokens/s, [\d.]+ of stock$", text, re.M)
-    gap, = re.findall(r"^logp_gap.* (\S+)$", text, re.M)
-    assert float(gap) < 1e-4
-    assert re.findall("^weight update, ([^:]+)", text, re.M) == ["awake", "awake", "after sleep"]
-    assert text.splitlines()[-1].startswith("GPU memory in use: before the engine")
-
-
-def test_measure_one_step_finds_no_error_at_the_first_step_only():
-    text = measured("--one-step")
-    assert re.findall(r"^seed 0, --unmask (\w+)", text, re.M) == ["dynamic", "static"]
-    errors = [(int(s), float(e)) for s, e in re.findall(r"committed at step (\d): .* max ([\d.]+)$", text, re.M)]
-    assert all((e < 1e-3) == (s == 1) for s, e in errors) and {s for s, _ in errors} == {1, 2, 3, 4}
-    gaps = [float(x) for x in re.findall(r"RL with .*largest logp_gap ([\d.e+-]+)$", text, re.M)]
-    assert len(gaps) == 4 and max(gaps[::2]) < 1e-4 and min(gaps[1::2]) > 1e-3               # exact, one-step, twice
-
-
-PARTS = ["versions", "attention", "random_model", "layouts", "rollouts", "rl"]
-
-
-def test_measure_gpu_runs_every_part_and_one_that_fails_costs_no_other():
-    text = measured("--gpu")
-    assert re.findall(r"^==== (\w+): done after", text, re.M) == PARTS
-    assert text.count("  ok\n") == 6 and "WRONG" not in text and "failed: none" in text
-    assert text.count("the authors' layout  ") == text.count("one forward (ours)") == 4
-    assert re.findall(r"^step (\d): .*logp_gap \d\.\de-0[5-9]", text, re.M) == ["1", "2", "3"]
-    for phase in ("rollout", "reward", "forward", "backward", "update", "weights"):
-        assert len(re.findall(rf"{phase} [\d.]+ s \([\d.]+ GB\)", text)) == 3
-
-
-def test_measure_gpu_goes_on_after_a_part_that_fails_or_hangs(monkeypatch, capsys):
-    measure, ran = github_module("measure"), []
-    monkeypatch.setattr(measure, "part", lambda name, *args, seconds: ran.append((name, seconds)) or name != "attention")
-    with pytest.raises(SystemExit) as end:
-        measure.gpu()
-    assert end.value.code == 1 and "failed: attention" in capsys.readouterr().out
-    assert [name for name, _ in ran] == PARTS and all(0 < seconds <= 170 for _, seconds in ran)
-    assert not github_module("measure").part("versions", seconds=0.01)
-    assert "stopped after" in capsys.readouterr().out
-
-
-def test_pictures_come_from_the_code(trained, tmp_path):
-    from xml.dom.minidom import parse
-    pictures = github_module("pictures")
-    pictures.HERE = str(tmp_path)
-    pictures.mask()
-    pictures.curves([trained, trained])
-    ours = f"{'1024':8} {2:11}  {'one forward (ours)':22} {1600:14,} {1.99:8.2f} {0.41:6.2f} {0.75:8.2f}\n"
-    (tmp_path / "bench.txt").write_text(ours)
-    pictures.cost(tmp_path / "bench.txt")
-    (tmp_path / "text").write_text(
-        "static, top1: relative error of the expected gradient 2.0e-15, x\n"
-        "seed 0, --unmask dynamic, x\n    committed at step 2:  10% of the tokens; x: mean 0.388, median\n")
-    pictures.bias(tmp_path / "text")
-    pictures.one_step(tmp_path / "text")
-    shown = set(re.findall(r"\]\(\.github/([\w-]+\.svg)\)", README))
-    assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg"}
-    for name in shown:
-        assert "prefers-color-scheme:dark" in (tmp_path / name).read_text()
-        assert len(parse(str(tmp_path / name)).getElementsByTagName("text")) > 3
-    assert (tmp_path / "mask.svg").read_text() == Path(HERE, ".github", "mask.svg").read_text(encoding="utf-8")
+    for limit in (2 * 10**5, 3 * 10**6):
+        full = ("import resource\nsave = dirl.save\ndef limited(policy, optimizer, c, progress):\n"
+                f"    if progress['step'] == 4:\n        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+                "    save(policy, optimizer, c, progress)\n")
+        out = tmp_path / str(limit)
+        os.makedirs(tmp_path / f"script{limit}")
+        limited = short_script(tmp_path / f"script{limit}", full + "dirl.save = limited\n")
+        code, said, err = finished(torchrun(1, *argv, out, script=limited))
+        line, = (x for x in re.split("[\r\n]", err) if "dirl.py: error" in x)
+        assert code == 2 and "Traceback" not in err and f"cannot save in {out}" in line, err
+        assert line.endswith(f"; the last saved state is {out}/rl.state/2")
+        assert [x for x in os.listdir(out / "rl.state") if x.isdigit()] == ["2"]
+        succeeded(torchrun(1, *argv, out, "--resume", script=run))
+        same_run(whole, out)
