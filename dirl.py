@@ -74,7 +74,7 @@ def block_mask(sees, N, device, tile=128):
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def ordered(tiles):       # of each row of tiles: how many there are, and the columns, these tiles' first
+    def ordered(tiles):           # of each row of tiles: how many are set, and all columns, those first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
     tiles = [x[None, None] for x in (*ordered(partial), *ordered(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
@@ -217,7 +217,7 @@ def trajectory_document(prompt, output, steps, B, mask_id):
 
 def trajectory_weights(size, objective):
     """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
-    1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group; for a mean over groups, / groups."""
+    1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group; over the number of groups: a mean."""
     divisor = size if objective == "eq6" else size.sum(1, keepdim=True).expand_as(size)
     return 1 / divisor / len(size)
 
@@ -427,8 +427,8 @@ def denoise(logits, masked, u, policy, c):
     """One decoding step of n blocks: the token drawn at each position, whether it is committed, its log π:
     [n, B] each.
 
-    logits: [n, B, vocab]; masked: [n, B]; u: [n, B] in [0, 1), None for the likeliest tokens. All positions are
-    drawn, the masked ones are used: to pick those first, the host would have to wait for the device."""
+    logits: [n, B, vocab]; masked: [n, B]; u: [n, B] in [0, 1), None for the likeliest tokens. All positions
+    are drawn, the masked ones are used: to pick those first, the host would have to wait for the device."""
     log_pi = log_policy(logits, policy.temperature, policy.mask_id)                     # [n, B, vocab]
     top1, token = log_pi.max(-1)                                                        # [n, B]
     if u is not None:
@@ -618,8 +618,8 @@ def hook_lmdeploy(engine):
 
 class LMDeployEngine:
     """LMDeploy's PyTorch engine in this process, on this rank's GPU; it stays awake while the model trains,
-    with its cache and CUDA graphs, unless `sleep` frees them. LMDeploy's code runs in a thread of its own,
-    for which we wait, because it leaves its thread in inference mode and on another CUDA stream."""
+    with its cache and CUDA graphs, unless `sleep` frees them. Its tasks (`call`) run in a thread of their
+    own, for which we wait, because they leave it in inference mode and on another CUDA stream."""
 
     def __init__(self, policy, c, **options):
         os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")      # the check would start this script again
@@ -667,9 +667,9 @@ class LMDeployEngine:
                                  temperature=1.0, top_k=1)         # the cheapest: its samples are not used
 
         async def one(prompt):
-            room, session = self.engine.max_session_len, next(self.sessions)
-            status = f"with the output it may have, too long for {room} tokens of cache"
-            if len(prompt) + c.max_new_tokens <= room:                         # else LMDeploy cuts the output
+            session, room = next(self.sessions), self.engine.max_session_len - len(prompt)
+            status = f"room for {room} more, --max-new-tokens is {c.max_new_tokens}"
+            if c.max_new_tokens <= room:                                       # else LMDeploy cuts the output
                 async for response in self.instance.async_stream_infer(session, list(prompt), asked):
                     status = response.status
             if session not in self.finished:
@@ -1660,13 +1660,13 @@ def deal(lengths, max_tokens):
     """Documents of these lengths → (rows of document indices for this rank, most tokens of a packed row). All
     ranks get as many rows; the last may be empty. A small batch makes shorter rows, lest ranks be idle."""
     share = -(-sum(lengths) // world())
-    room = min(max_tokens, row_length(max(share, *lengths), 0))
+    room = min(max_tokens, row_length(max(share, *lengths)))
     rows = pack(lengths, room)
     mine = rows[rank()::world()]
     return mine + [[]] * (-(-len(rows) // world()) - len(mine)), room
 
 
-def row_length(n, room):
+def row_length(n, room=0):
     """Row length on CUDA, few in all, since FlexAttention is compiled for each: `room` for packed rows; a
     power of two or three quarters of one for a longer document."""
     if n <= room:
