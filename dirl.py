@@ -588,16 +588,16 @@ def hook_lmdeploy(engine):
         def update_running(self, running, batched_outputs, **rest):
             extra = batched_outputs.extra_outputs
             masked_now = (extra.dllm_mask.view(-1, B) == DLLM_MASKED).numpy()           # [n, B]
-            live = [seq for seq in running if seq.status == MessageStatus.RUNNING]
-            for seq, masked, logp in zip(running, masked_now, extra.logp.tolist()):
-                if seq.status == MessageStatus.RUNNING:
-                    end = seq.num_history_ids + seq.num_token_ids
-                    known = vars(seq).setdefault("committed", {})      # {position: (step, log π)}
-                    step = 1 + max((known[p][0] for p in range(end - B, end) if p in known), default=0)
-                    new = (seq.history_dllm_mask[end - B:end] == DLLM_MASKED) & ~masked
-                    known |= {end - B + j: (step, logp[j]) for j in new.nonzero()[0].tolist()}
+            blocks = zip(running, masked_now, extra.logp.tolist())
+            live = [block for block in blocks if block[0].status == MessageStatus.RUNNING]
+            for seq, masked, logp in live:
+                end = seq.num_history_ids + seq.num_token_ids
+                known = vars(seq).setdefault("committed", {})          # {position: (step, log π)}
+                step = 1 + max((known[p][0] for p in range(end - B, end) if p in known), default=0)
+                new = (seq.history_dllm_mask[end - B:end] == DLLM_MASKED) & ~masked
+                known |= {end - B + j: (step, logp[j]) for j in new.nonzero()[0].tolist()}
             super().update_running(running, batched_outputs, **rest)   # sets tokens, state and who is done
-            for seq in live:
+            for seq, *_ in live:
                 if seq.status != MessageStatus.RUNNING:        # done, its last block still whole in there
                     start, end = seq.input_end_pos, seq.num_history_ids + B
                     engine.finished[seq.session_id] = (seq.history_cache[start:end].tolist(),
