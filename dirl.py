@@ -25,43 +25,67 @@ other t); P prompt length; L output length; S = P + L; V views of a document; N 
 those of them that a loss reads; G group size; τ a trajectory, |τ| its decoding steps; `threshold` the
 confidence threshold of section 5.1 (the paper's other τ); sg[·] stops the gradient: `.detach()`.
 
-Departures: where the paper is silent or contradicts itself, this file chooses.
-  - One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way is
-    B more tokens (a view), where Fig. 4b repeats the whole sequence. Same log-probabilities, fewer tokens.
-  - w(t) of Eq. 3 is 1/t, the ELBO weight of the linear schedule; t ≥ 1e-3; one t a block, as Eq. 3 is
-    written. The sum is divided by the answer tokens of the whole batch.
-  - |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code counts tokens, but as
-    (most steps of any block) · L / B. Each objective is a mean over the groups of the batch; Eq. 6 has no
-    1/G, as printed.
-  - The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
-  - A position's confidence is its top-1 probability, the paper's words. Engines and the authors' code take
-    that of the token drawn there (--confidence drawn): then the objective's gradient is biased.
-  - The clip is symmetric, as printed (the authors' code adds 0.08 above: --eps-high 0.28).
-  - KL is estimated by k3 times π_θ/sg[π_θ]: its expected gradient is that of KL(π_θ‖π_ref), the printed one;
-    the gradient of plain k3 is that of KL(π_ref‖π_θ).
-  - [MASK] is never sampled and has probability 0 in the score; the temperature applies to both; there is no
-    top-k and no top-p. Both engines draw and commit by the functions of section 5.1 below.
-  - The tokens after the stop token in the last block belong to the trajectory: the model drew them.
-  - A step with fewer mixed groups than --prompts after 4 rounds of rollouts trains on those it has. Groups
-    of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them.
+Departures. Where the paper is silent or contradicts itself, this file chooses; numbers change with 1 to 10.
+   1. The KL term's estimate is k3 times π_θ/sg[π_θ]. Its expected gradient is that of the printed
+      KL(π_θ‖π_ref); plain k3 has the gradient of KL(π_ref‖π_θ).
+   2. β KL is a mean over the tokens of the batch, while J is a mean over groups of sums over 1/|τ|.
+   3. |τ| counts decoding steps, as printed in Eq. 6-8. The authors' code counts tokens: (most steps of any
+      block) · L / B. J is a mean over the groups of the batch; Eq. 6 has no 1/G, as printed.
+   4. The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
+   5. A position's confidence is its top-1 probability, as the paper says. Engines and the authors' code take
+      that of the token drawn there (--confidence drawn); then the objective's gradient is biased.
+   6. `dynamic` commits at a confidence equal to the threshold too; the paper says "exceeds".
+   7. [MASK] is never sampled and has probability 0 in the score. The temperature applies to both. There is no
+      top-k and no top-p.
+   8. The clip is symmetric, as printed; the authors' code adds 0.08 above (--eps-high 0.28).
+   9. SFT draws one t for every block, as Eq. 3 is written; the authors' code draws one for every example.
+      t is at least 1e-3, w(t) = 1/t is the ELBO's weight, and the sum is divided by the answer tokens of the
+      whole batch.
+  10. The tokens after the stop token in the last block belong to the trajectory: the model drew them.
+  11. Groups of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them. A step that has
+      fewer mixed groups than --prompts after 4 rounds of rollouts trains on those it has.
+  12. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
+      is B more tokens (a view), where Fig. 4b repeats the whole sequence. The log-probabilities are the same.
 """
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 # I. THE PAPER
+# A document is one sequence and its views; a row is some documents, one after the other. Both are dicts of
+# these columns, with one value for each token [N] or for each token that a loss reads [R]:
+#
+#   ids         [N]   token ids                                                     layout
+#   pos         [N]   position in the sequence; its block k is pos // B             layout
+#   view        [N]   0 the clean copy, v ≥ 1 the number of a view                  layout; in a row join
+#   doc         [N]   number of the document in the row, -1 what fills the row      join
+#   reads       [R]   indices of the tokens where log π_θ is read                   who makes the document
+#   target      [R]   the token id whose log π_θ is read there                      who makes the document
+#   weight      [R]   SFT: w(t)                                                     noised_document
+#   A, w        [R]   RL: advantage and normaliser of the token's trajectory        dipo_rows
+#   logp_sampler, logp_old, logp_ref [R]   RL: the sampler's log π, π_old, π_ref    dipo_rows, train_on
+#
 # ---- Eq. 1-2, Fig. 4b: one forward, and who sees whom in it ----------------------------------------------
 
-def mask_mod(doc, copy, block):
+def mask_mod(doc, view, block):
     """Fig. 4b as a FlexAttention mask_mod: one rule for SFT, scoring and decoding.
 
-    doc, copy, block: [N] integers for the tokens of a row: its document; 0 for the clean copy, or the number
+    doc, view, block: [N] integers for the tokens of a row: its document; 0 for the clean copy, or the number
     v ≥ 1 of its view; the block index k. Eq. 1 conditions on b^{<k}, the earlier clean blocks, and Eq. 2 on
-    b_t^k, the token's own copy of its block."""
+    b_t^k, the token's own copy of its block. Three clean blocks and a view of blocks 1 and 2; a query's line
+    has an x under the keys that it sees:
+
+                   clean 0   clean 1   clean 2   view of 1   view of 2
+        clean 0       x         .         .          .           .
+        clean 1       x         x         .          .           .
+        clean 2       x         x         x          .           .
+        view of 1     x         .         .          x           .
+        view of 2     x         x         .          .           x
+    """
     def sees(batch, head, q, kv):
         same_document = doc[q] == doc[kv]
-        own_copy_of_block = (copy[q] == copy[kv]) & (block[q] == block[kv])
-        earlier_clean_block = (copy[kv] == 0) & (block[kv] < block[q])
-        return same_document & (own_copy_of_block | earlier_clean_block)
+        own_view_of_block = (view[q] == view[kv]) & (block[q] == block[kv])
+        earlier_clean_block = (view[kv] == 0) & (block[kv] < block[q])
+        return same_document & (own_view_of_block | earlier_clean_block)
     return sees
 
 
@@ -84,29 +108,35 @@ def layout(clean, blocks, views, B):
     """Fig. 4b's input, one document: the clean copy of a sequence, then views: blocks as they once stood.
 
     clean: [S] tokens, S a multiple of B; blocks: [V] block index of each view; views: [V, B] its tokens.
-    Returns ids, pos, copy: [S + V·B]. A view has the position ids of its block, so that block = pos // B
+    Returns ids, pos, view: [S + V·B]. A view has the position ids of its block, so that block = pos // B
     everywhere."""
     S, V = len(clean), len(blocks)
     inside = torch.arange(B)
     return {"ids": torch.cat([clean, views.flatten()]),
             "pos": torch.cat([torch.arange(S), (blocks[:, None] * B + inside).flatten()]),
-            "copy": torch.cat([torch.zeros_like(clean), torch.arange(1, V + 1).repeat_interleave(B)])}
+            "view": torch.cat([torch.zeros_like(clean), torch.arange(1, V + 1).repeat_interleave(B)])}
 
 
 def join(documents, length=None):
     """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); what pads it is a last
     document, number -1.
 
-    Adds doc: [N]. View numbers become unique in the row; `reads`, where a loss reads, become indices into it;
-    all else, one value a token or one a read, is concatenated as it is."""
+    Adds doc. View numbers become unique in the row, `reads` indices into it; all else stays as it is. Two
+    documents of one block and one view of it, "a b | M b" and "c d | M M", become
+
+        ids    a b M b c d M M
+        view   0 0 1 1 0 0 2 2
+        doc    0 0 0 0 1 1 1 1
+        reads  2 6 7
+    """
     parts, tokens, views = [], 0, 0
     for i, d in enumerate(documents):
         parts.append({**d, "doc": torch.full_like(d["ids"], i), "reads": d["reads"] + tokens,
-                      "copy": torch.where(d["copy"] > 0, d["copy"] + views, 0)})
+                      "view": torch.where(d["view"] > 0, d["view"] + views, 0)})
         tokens += len(d["ids"])
-        views += int(d["copy"].max())
+        views += int(d["view"].max())
     pad = torch.zeros((length or tokens) - tokens, dtype=torch.long)
-    parts.append({"ids": pad, "pos": torch.arange(len(pad)), "copy": pad, "doc": pad - 1})
+    parts.append({"ids": pad, "pos": torch.arange(len(pad)), "view": pad, "doc": pad - 1})
     return {name: torch.cat([p[name] for p in parts if name in p]) for name in parts[0]}
 
 
@@ -144,11 +174,14 @@ def noised_document(tokens, P, u, z, B, mask_id):
     tokens: [S] prompt and answer, S a multiple of B; P: prompt length; u: [K'] uniform, one a block from the
     block P // B on; z: [K', B] uniform, one a token. Prompt tokens in the first of these blocks stay clean
     and carry no loss. A block without a masked token has no loss and gets no view. A position predicts
-    itself: nothing is shifted."""
-    first = P // B
+    itself: nothing is shifted. With B = 2, P = 1 and the answer's b and d masked, a b c d becomes
+
+        ids    a b c d | a M | c M
+        reads            5     7     where b and d, the targets, are predicted
+    """
     t = 1e-3 + (1 - 1e-3) * u                                                           # [K'] noise time
-    blocks = torch.arange(first, len(tokens) // B)                                      # [K'] block index k
-    clean = tokens.view(-1, B)[first:]                                                  # [K', B] b_0^k
+    blocks = torch.arange(P // B, len(tokens) // B)                                     # [K'] block index k
+    clean = tokens.view(-1, B)[P // B:]                                                 # [K', B] b_0^k
     is_answer = blocks[:, None] * B + torch.arange(B) >= P
     masked = (z < t[:, None]) & is_answer                                           # [K', B] (b_t^k)_j = MASK
     used = masked.any(1)
@@ -196,36 +229,45 @@ def trajectory_document(prompt, output, steps, B, mask_id):
     prompt: [P]; output: [L], whole blocks to the end; steps: [L], the step map, the step within its block
     (from 1) at which each output token was committed. The view (k, s) shows the prompt's tokens and those
     committed before s, and [MASK] elsewhere. reads: [L], in the order of the output: where each
-    log π_θ(o | τ(1:s-1)) is read. The document has P + L + B Σ_k steps_k tokens. In brackets below: the
-    README's example, P P a b c d with steps 1 1 1 2 and B = 2."""
+    log π_θ(o | τ(1:s-1)) is read. The document has P + L + B Σ_k steps_k tokens. One forward of it replaces
+
+        for k in the blocks of the output:
+            for s in 1 to the last step of block k:
+                seen = tokens[:(k + 1) * B]                  # what the model saw: the earlier blocks, whole,
+                seen[the positions of block k committed at s or later] = mask_id
+                log_pi = log_policy(model(seen))             # one forward for every decoding step
+                read log_pi of the tokens committed at step s
+
+    In brackets below: the README's example, P P a b c d with steps 1 1 1 2 and B = 2."""
     P, S = len(prompt), len(prompt) + len(output)
     tokens = torch.cat([prompt, output])                                                # [S]
     step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)          # [K, B] (0 0 | 1 1 | 1 2)
     count = step.max(1).values                                               # [K] steps_k (0 1 2)
-    first = count.cumsum(0) - count                                          # [K] views before it (0 0 1)
+    before = count.cumsum(0) - count                                         # [K] views before it (0 0 1)
     blocks = torch.arange(S // B).repeat_interleave(count)                   # [V] block of each view (1 2 2)
-    s = torch.arange(len(blocks)) - first[blocks] + 1                        # [V] its decoding step (1 1 2)
+    s = torch.arange(len(blocks)) - before[blocks] + 1                       # [V] its decoding step (1 1 2)
     views = torch.where(step[blocks] < s[:, None], tokens.view(-1, B)[blocks], mask_id)  # [V, B]
     document = layout(tokens, blocks, views, B)
     p = torch.arange(P, S)                                                              # [L] positions of o
-    document["reads"] = S + (first[p // B] + steps - 1) * B + p % B          # (6 7 8 11)
+    document["reads"] = S + (before[p // B] + steps - 1) * B + p % B         # (6 7 8 11)
     document["target"] = output
     return document
 
 
 # ---- Eq. 6, 7, 8: DiPO -----------------------------------------------------------------------------------
 
-def trajectory_weights(size, objective):
+def trajectory_weights(n_steps, objective):
     """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
     1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group; over the number of groups: a mean."""
-    divisor = size if objective == "eq6" else size.sum(1, keepdim=True).expand_as(size)
-    return 1 / divisor / len(size)
+    divisor = n_steps if objective == "eq6" else n_steps.sum(1, keepdim=True).expand_as(n_steps)
+    return 1 / divisor / len(n_steps)
 
 
 def eq6(logp, logp_old, A, w, eps, eps_high):
     """Eq. 6: J = Σ_i 1/|τ_i| Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / π_old(o_k | τ_i(1:t-1)), A_i).
 
-    All [R], one a committed token; logp_old the sampler's; w = 1/|τ_i|. Returns J and where the clip acts."""
+    All [R], one a committed token; logp_old the sampler's; w = 1/|τ_i| over the number of groups: J is a mean
+    over the groups of a batch. Returns J and where the clip acts."""
     ratio = (logp - logp_old).exp()
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
@@ -234,7 +276,8 @@ def eq6(logp, logp_old, A, w, eps, eps_high):
 def eq7(logp, logp_old, A, w, eps, eps_high):
     """Eq. 7: J = 1/Σ_i |τ_i| Σ_i Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / sg[the same], A_i).
 
-    As Eq. 6, with w = 1/Σ_i |τ_i|; logp_old: None for sg[π_θ], or π_θ before the first of several updates."""
+    As Eq. 6, with w = 1/Σ_i |τ_i| over the number of groups; logp_old: None for sg[π_θ], or π_θ before the
+    first of several updates."""
     ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
@@ -275,13 +318,16 @@ def unmask(top1, drawn, masked, rule, tokens_per_step, threshold, confidence):
     if rule == "sequential":
         score = -torch.arange(masked.shape[1], device=masked.device).expand_as(masked).float()
     score = score.masked_fill(~masked, -torch.inf)
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)   # [n, B] 0 the most confident
-    chosen = (score >= threshold) | (rank == 0) if rule == "dynamic" else rank < tokens_per_step
+    place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # [n, B] 0 the most confident
+    chosen = (score >= threshold) | (place == 0) if rule == "dynamic" else place < tokens_per_step
     return masked & chosen
 
 
 # ================================================ cut line ==================================================
 # Above: the paper. Below: II. DiRL AT WORK
+# `c` is the Config of part III: every flag of the run, such as c.group_size. A Policy is a model and all that
+# is needed to speak with it. An engine makes rollouts: generate(prompts, keys, greedy) returns Trajectories,
+# update_weights() gives it the trainer's weights, sleep() frees its memory until then, close() ends it.
 import argparse
 import asyncio
 import fcntl
@@ -297,7 +343,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -311,7 +356,29 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")     # dcp's, for one rank without a group
+# ---- errors ----------------------------------------------------------------------------------------------
+
+def fail(message):
+    """Bad input: one line, exit code 2. Until the ranks have met all have the same to say: one says it."""
+    if dist.is_initialized() or rank() == 0:
+        print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)                           # or torchrun ends rank 0 before it speaks
+    sys.exit(2)
+
+
+@contextmanager
+def in_one_line(where):
+    """What goes wrong in files and libraries is said in one line: where, and what."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:                     # torch's CheckpointException is no Exception, and its
+        if hasattr(error, "failures"):                 # text is a traceback: say the first rank's failure
+            error, _ = next(iter(error.failures.values()))
+        fail(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+
 
 # ---- the policy: transformers' Qwen3 under our mask ------------------------------------------------------
 
@@ -347,7 +414,7 @@ class Policy:
         FlexAttention runs the mask on CUDA; on CPU, where it has no backward, the same rule is one dense
         mask."""
         N = len(row["ids"])
-        sees = mask_mod(row["doc"], row["copy"], row["pos"] // self.B)
+        sees = mask_mod(row["doc"], row["view"], row["pos"] // self.B)
         if self.device.type == "cuda":
             mask = block_mask(sees, N, self.device)
         else:
@@ -376,15 +443,14 @@ class Policy:
         """(name in the checkpoint, whole tensor of that dtype) of all weights, one at a time; all ranks call
         it together. Each casts its shard first: half as much to gather for bfloat16."""
         for name, parameter in self.model.named_parameters():
-            parameter = parameter.detach().to(dtype)
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            yield name, whole(parameter.detach().to(dtype))
 
 
-def attention(module, query, key, value, mask, scaling, position_ids=None, cache=None, **unused):
+def attention(module, query, key, value, mask, scaling, cache=None, **unused):
     """What Qwen3 calls: FlexAttention under a BlockMask, else SDPA under a bool mask (CPU, decoding)."""
     query, key = query.to(value.dtype), key.to(value.dtype)            # whatever their norms made of them
     if cache is not None:
-        key, value = cache.update(module.layer_idx, key, value, position_ids, span=mask.shape[-1])
+        key, value = cache.update(key, value, module.layer_idx)
     if isinstance(mask, BlockMask):
         out = flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     else:                                      # under a mask, enable_gqa would leave the fast kernels on CUDA
@@ -401,7 +467,54 @@ def flex_attention():
                          recompile_limit=64)
 
 
+def shard(model):
+    """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. On CUDA
+    layers compute in bfloat16, gradients are averaged in float32. A part becomes float32, on its device, just
+    before it is cut, so that no rank ever holds the whole. model.base: the forward to the hidden states."""
+    device, n = "cuda" if torch.cuda.is_available() else "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    model.base = lambda **inputs: model.model(**inputs)
+    if device == "cpu" and world() == 1:                               # a quarter of SFT's time there
+        return model.to(torch.float32)
+    mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if n == world() else mesh
+    precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
+    for layer in model.model.layers:
+        fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
+    # the rest stays whole after the forward, since lm_head is read then
+    fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "base")
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def gathered(model):
+    """The whole model on every rank: for rollouts, in which ranks take different numbers of forwards."""
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in modules:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
+
+
 # ---- rollout: the PyTorch sampler ------------------------------------------------------------------------
+
+def seed_of(*key):
+    """53 bits for a (seed, stage, step, prompt, sample): no draw hangs on global state."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 11
+
+
+def generator(*key):
+    return torch.Generator().manual_seed(seed_of(*key))
+
 
 @dataclass
 class Trajectory:
@@ -438,74 +551,62 @@ def denoise(logits, masked, u, policy, c):
     return token, new, drawn
 
 
-class BlockCache:
-    """Keys and values of n sequences at every position. A pass writes those of its positions."""
-    def __init__(self, positions):
-        self.positions, self.kv = positions, {}                        # kv: {layer: (keys, values)}
-
-    def update(self, layer, k, v, pos, span):
-        """k, v: [n, heads, T, head_dim] of the positions pos [n, T]. Returns those of positions 0 to span."""
-        if layer not in self.kv:
-            self.kv[layer] = [x.new_zeros(*x.shape[:2], self.positions, x.shape[3]) for x in (k, v)]
-        index = pos[:, None, :, None].expand_as(k)
-        return [kept.scatter_(2, index, x)[:, :, :span] for kept, x in zip(self.kv[layer], (k, v))]
-
-    def keep(self, rows):
-        for kv in self.kv.values():
-            kv[:] = [x[rows] for x in kv]
-
-
 @torch.no_grad()
 def decode(policy, prompts, keys, c, greedy=False):
-    """Block diffusion decoding of a batch, one trajectory for each prompt (token ids). Each sequence is at a
-    block k and a step s of its own, and ends after the first whole block that holds a stop token or brings
-    its output to max_new_tokens. Its random numbers, one for every position and step, are drawn beforehand
-    from the generator of its key: a sample depends on nothing else."""
+    """Block diffusion decoding of a batch: for every block, for every step. One trajectory for each prompt
+    (token ids).
+
+    Empty slots on the left bring all prompts to equally many whole blocks, so that all sequences are at the
+    same block; one leaves after the first whole block that holds a stop token or brings its output to
+    max_new_tokens. Its random numbers, one for every position and step, are drawn beforehand from the
+    generator of its key: a sample depends on nothing else."""
+    from transformers import DynamicCache
     B, n, device = policy.B, len(prompts), policy.device
-    P = torch.tensor([len(p) for p in prompts], device=device)                          # [n]
-    first, end = P // B, -(-(P + c.max_new_tokens) // B)                            # [n] blocks of the output
-    slot = torch.arange(int(end.max()) * B, device=device)                              # [slots] positions
-    tokens = torch.full((n, len(slot)), policy.mask_id, device=device)                  # [n, slots]
-    u = torch.zeros(n, len(slot), B)                                                    # [n, slots, step]
-    for i, (prompt, key) in enumerate(zip(prompts, keys)):
-        tokens[i, :len(prompt)] = torch.tensor(prompt, device=device)
-        u[i, first[i] * B:end[i] * B] = torch.rand(int(end[i] - first[i]) * B, B, generator=generator(*key))
-    steps, logp, u = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device), u.to(device)
-    is_output, stop_ids, cache = slot >= P[:, None], policy.stop_ids.to(device), BlockCache(len(slot))
+    P = torch.tensor([len(p) for p in prompts])                                         # [n]
+    K, more = max(1, int(P.max()) // B), -(-c.max_new_tokens // B) + 1     # blocks of prompt, of output
+    pad = (K - P // B) * B                                                              # [n] empty slots
+    tokens = torch.full((n, (K + more) * B), policy.mask_id)                            # [n, slots]
+    for i, prompt in enumerate(prompts):
+        tokens[i, pad[i]:pad[i] + P[i]] = torch.tensor(prompt)
+    u = torch.stack([torch.rand(more, B, B, generator=generator(*key)) for key in keys])
+    tokens, u, pad, P = (x.to(device) for x in (tokens, u, pad, P))        # u: [n, block, position, step]
+    steps, logp = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)    # [n, slots]
+    slot, start = torch.arange(tokens.shape[1], device=device), pad + P                 # [slots], [n]
+    stop_ids, live, cache = policy.stop_ids.to(device), torch.arange(n, device=device), DynamicCache()
 
-    def forward(rows, pos):                                                             # [m], [m, T]
-        # mask_mod's rule where each position stands once: its own block and the earlier ones
-        mask = slot[:int(pos.max()) + 1] // B <= pos[:, None, :, None] // B             # [m, 1, T, span]
-        return policy.hidden(tokens[rows[:, None], pos], pos, mask, cache)              # [m, T, d]
+    def forward(a, b):                         # the slots a to b of the m live sequences → [m, b - a, d]
+        q, pads = slot[a:b], pad[live][:, None]
+        mask = (slot[:b] // B <= q[:, None] // B) & (slot[:b] >= pads[..., None])       # mask_mod's rule
+        mask = mask | (slot[:b] == q[:, None])           # an empty slot sees itself, lest it see nothing
+        return policy.hidden(tokens[live, a:b], (q - pads).clamp_min(0), mask[:, None], cache)
 
-    live, k, s = torch.arange(n, device=device), first, torch.zeros_like(P)  # [m] each; s: steps done
-    if int(first.max()):
-        forward(live, slot[:int(first.max()) * B].expand(n, -1))                     # the whole prompt blocks
-    while len(live):
-        pos = k[:, None] * B + slot[:B]                                                 # [m, B]
-        at = live[:, None], pos
-        masked = tokens[at] == policy.mask_id
-        # The block before goes along: it is whole now, and so leaves its clean keys and values in the cache.
-        before = (k - 1).clamp_min(0)[:, None] * B + slot[:B]                           # [m, B]
-        hidden = forward(live, torch.cat([before, pos], 1))[:, B:]                      # [m, B, d]
-        u_step = None if greedy else u[at].gather(2, s[:, None, None].expand(-1, B, 1))[..., 0]
-        token, new, drawn = denoise(hidden @ policy.model.lm_head.weight.T, masked, u_step, policy, c)
-        s = s + 1
-        tokens[at] = torch.where(new, token, tokens[at])
-        steps[at] = torch.where(new, s[:, None], steps[at])
-        logp[at] = torch.where(new, drawn, logp[at])
-        whole = (masked == new).all(1)
-        stopped = (torch.isin(tokens[at], stop_ids) & is_output[at]).any(1)
-        ended = whole & (stopped | (k + 1 == end[live]))
-        k, s = torch.where(whole, k + 1, k), torch.where(whole, 0, s)
-        if ended.any():
-            live, k, s = live[~ended], k[~ended], s[~ended]
-            cache.keep(~ended)
+    forward(0, K * B)                                                          # the prompts' whole blocks
+    for k in range(K, K + more):
+        a, b = k * B, k * B + B
+        for s in range(1, B + 1):
+            masked = tokens[live, a:b] == policy.mask_id                                # [m, B]
+            if not masked.any():
+                break
+            hidden = forward(a, b)                                                      # [m, B, d]
+            cache.crop(-B)                               # these keys and values are not the clean block's
+            u_step = None if greedy else u[live, k - K, :, s - 1]                       # [m, B]
+            token, new, drawn = denoise(hidden @ policy.model.lm_head.weight.T, masked, u_step, policy, c)
+            tokens[live, a:b] = torch.where(new, token, tokens[live, a:b])
+            steps[live, a:b] = torch.where(new, s, steps[live, a:b])
+            logp[live, a:b] = torch.where(new, drawn, logp[live, a:b])
+        is_stop = torch.isin(tokens[live, a:b], stop_ids) & (slot[a:b] >= start[live][:, None])
+        goes_on = ~is_stop.any(1) & (b < start[live] + c.max_new_tokens)                # [m]
+        if not goes_on.all():
+            live = live[goes_on]
+            cache.batch_select_indices(goes_on)
+        if not len(live):
+            break
+        forward(a, b)                                    # the block is whole: its clean keys and values stay
     tokens, steps, logp = tokens.cpu(), steps.cpu(), logp.cpu()
     trajectories = []
-    for i, p in enumerate(P.tolist()):
-        S = int(steps[i].nonzero().max()) + 1                          # a slot never decoded has step 0
-        parts = tokens[i, :p], tokens[i, p:S], steps[i, p:S], logp[i, p:S]
+    for i, (p, o) in enumerate(zip(pad.tolist(), start.tolist())):
+        end = int(steps[i].nonzero().max()) + 1                        # a slot never decoded has step 0
+        parts = tokens[i, p:o], tokens[i, o:end], steps[i, o:end], logp[i, o:end]
         trajectories.append(finish(*(x.clone() for x in parts), policy, c))    # a slice is pickled whole
     return trajectories
 
@@ -536,8 +637,9 @@ class TorchEngine:
 # ---- rollout: LMDeploy -----------------------------------------------------------------------------------
 
 def hook_lmdeploy(engine):
-    """Our policy in stock LMDeploy, at one patch point: the class returned here takes the place of
-    lmdeploy.pytorch.strategies.dllm.DLLMStrategyFactory, which an engine looks up while it is built.
+    """Our policy in stock LMDeploy, by two patches: the class returned here takes the place of
+    lmdeploy.pytorch.strategies.dllm.DLLMStrategyFactory while an engine is built, which looks it up then;
+    and SDAR's model there, for good, hands out its logits in float32.
 
     LMDeploy schedules, batches, runs the model and keeps its cache; what becomes of the logits `denoise`
     decides, as in `decode`. So the faults of its sampler do not matter: there rollouts of one prompt come
@@ -629,7 +731,7 @@ class LMDeployEngine:
             import lmdeploy
             from lmdeploy.pytorch.engine import Engine
             from lmdeploy.pytorch.strategies import dllm
-            stock, dllm.DLLMStrategyFactory = dllm.DLLMStrategyFactory, hook_lmdeploy(self)
+            factory = hook_lmdeploy(self)
         except (ImportError, AttributeError) as error:
             fail(f"--engine lmdeploy: {error}; pip install lmdeploy==0.18.0, or --engine torch")
         lmdeploy.utils.get_logger("lmdeploy").setLevel("ERROR")
@@ -644,8 +746,11 @@ class LMDeployEngine:
             for name in os.listdir(policy.folder):
                 if name.endswith((".safetensors", ".safetensors.index.json")):
                     os.symlink(os.path.abspath(os.path.join(policy.folder, name)), os.path.join(folder, name))
-            self.engine = Engine.from_pretrained(folder, config)
-        dllm.DLLMStrategyFactory = stock
+            stock, dllm.DLLMStrategyFactory = dllm.DLLMStrategyFactory, factory
+            try:
+                self.engine = Engine.from_pretrained(folder, config)
+            finally:
+                dllm.DLLMStrategyFactory = stock
         self.thread, self.loop, self.sessions = ThreadPoolExecutor(1), asyncio.Runner(), itertools.count()
         if torch.cuda.is_available():
             self.call(torch.cuda.set_device, torch.cuda.current_device())      # a thread has its own
@@ -735,82 +840,49 @@ def learning_rate(c, step):
     return c.lr * (0.5 * (1 + math.cos(math.pi * progress)) if c.stage == "sft" else 1)
 
 
-def optimizer_step(policy, optimizer, c, step, progress):
+def optimizer_step(policy, optimizer, c, step):
     """(5d) Clip the gradient, move, forget it. Returns its norm before the clip. One that is not finite moves
-    nothing; the third in a row ends the run."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    nothing."""
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)).item()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
-    finite = math.isfinite(norm)
-    if finite:
+    if math.isfinite(norm):
         optimizer.step()
-    progress["not_finite"] = 0 if finite else progress["not_finite"] + 1
-    progress["skipped"] += not finite
+    else:
+        say(f"step {step}: a gradient that is not finite, which moves nothing")
     optimizer.zero_grad()
-    if progress["not_finite"] == 3:
-        fail(f"step {step}: the third gradient in a row that is not finite; {last_state(c)}")
     return norm
-
-
-@contextmanager
-def clock(seconds, phase):
-    """Add the seconds of a phase of a step to a dict."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - start
-
-
-def add(sums, **terms):
-    """Add terms to running sums, by name."""
-    for name, term in terms.items():
-        sums[name] = sums.get(name, 0) + term.detach().float()
-
-
-def over_ranks(sums):
-    """The sums of all ranks together, as numbers, by name."""
-    total = all_sum(torch.stack(list(sums.values())))
-    return dict(zip(sums, total.tolist()))
 
 
 # ---- the SFT loop ----------------------------------------------------------------------------------------
 
-def sft_step(policy, optimizer, c, examples, step, progress):
-    """One step of Eq. 3. Returns its line of metrics."""
-    documents, answer_tokens, sums = [], 0, {}
-    for i in range((step - 1) * c.batch, step * c.batch):
-        tokens, P = nth(examples, i, c.seed, "sft")
-        g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
-        u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
-        documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
-        answer_tokens += len(tokens) - P                               # end tokens and padding included
-    lengths = [len(d["ids"]) for d in documents]
-    for row in make_rows(policy, lengths, documents.__getitem__, c):
-        logp, _ = policy.score(row)                                                     # [R]
-        loss = sft_loss(logp, row["weight"], answer_tokens)
-        (loss * world()).backward()                                    # FSDP takes a mean over ranks
-        add(sums, loss=loss)
-    norm = optimizer_step(policy, optimizer, c, step, progress)
-    return {"step": step, **over_ranks(sums), "lr": learning_rate(c, step), "grad_norm": norm,
-            "forward_tokens": sum(lengths), "skipped": progress["skipped"]}
-
-
 def train_sft(policy, c, examples):
     """Eq. 3 on examples, each (tokens [S], P)."""
     optimizer = make_optimizer(policy, c)
-    progress = resume(policy, optimizer, c)
-    bar = tqdm(range(c.steps), "sft", initial=progress["step"], disable=rank() > 0)
-    for step in range(progress["step"] + 1, c.steps + 1):
-        start = time.perf_counter()
-        line = sft_step(policy, optimizer, c, examples, step, progress)
-        progress["step"] = step
-        write_lines(c, "sft.metrics.jsonl", [line | {"seconds": time.perf_counter() - start}])
-        bar.set_postfix(loss=f"{line['loss']:.3f}")
+    done, _ = resume(policy, optimizer, c)
+    bar = tqdm(range(c.steps), "sft", initial=done, disable=rank() > 0)
+    for step in range(done + 1, c.steps + 1):
+        start, documents, answer_tokens, total = time.perf_counter(), [], 0, torch.zeros(())
+        for i in range((step - 1) * c.batch, step * c.batch):
+            tokens, P = nth(examples, i, c.seed, "sft")
+            g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
+            u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
+            documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
+            answer_tokens += len(tokens) - P                           # end tokens and padding included
+        lengths = [len(d["ids"]) for d in documents]
+        for row in make_rows(policy, lengths, documents.__getitem__, c):
+            logp, _ = policy.score(row)                                                 # [R]
+            loss = sft_loss(logp, row["weight"], answer_tokens)
+            (loss * world()).backward()                                # FSDP takes a mean over ranks
+            total = total + loss.detach()
+        norm, loss = optimizer_step(policy, optimizer, c, step), all_sum(total).item()
+        write_lines(c, "sft.metrics.jsonl", [{
+            "step": step, "loss": loss, "lr": learning_rate(c, step), "grad_norm": norm,
+            "forward_tokens": sum(lengths), "seconds": time.perf_counter() - start}])
+        bar.set_postfix(loss=f"{loss:.3f}")
         bar.update()
         if step % c.save_every == 0 or step == c.steps:
-            save(policy, optimizer, c, progress)
+            save(policy, optimizer, c, step)
 
 
 # ---- the RL loop, its phases numbered as in Fig. 3 -------------------------------------------------------
@@ -821,50 +893,95 @@ class Problem(NamedTuple):
     question: str
 
 
-def judge(policy, reward, problem, trajectory):
-    """(text of the answer, its reward). One that is not a finite number ends the run: nothing can be made
-    of it, and a group without it would be another group."""
-    text = policy.tokenizer.decode(trajectory.answer)
-    value = float(reward(text, problem.truth))
-    if not math.isfinite(value):
-        fail(f"--reward: {value} for the answer {text[-200:]!r} to {problem.question[:200]!r}")
-    return text, value
+def train_rl(policy, reference, engine, c, problems, reward, held_out):
+    """DiPO on problems, evaluated on those held out before, on the way and after."""
+    optimizer = make_optimizer(policy, c)
+    if c.resume and c.sleep:
+        engine.sleep()                                                 # gradients too are made while loading
+    done, position = resume(policy, optimizer, c)
+    if c.resume:
+        engine.update_weights()                                        # it was built before they were resumed
+    if held_out and not done:
+        write_lines(c, "rl.metrics.jsonl", [{"step": 0} | evaluate(policy, engine, c, held_out, reward, 0)])
+    bar = tqdm(range(c.steps), "rl", initial=done, disable=rank() > 0)
+    for step in range(done + 1, c.steps + 1):
+        start = time.perf_counter()
+
+        # (1) fetch prompts, (2) iterate over them, (3) request, (4) rollout: groups, until --prompts of them
+        # are mixed, that is, until their rewards differ (DAPO's dynamic sampling)
+        mixed, every = [], []
+        for _ in range(MAX_ROUNDS):
+            indices = range(position, position + c.prompts - len(mixed))
+            position = indices.stop
+            fetched = {i: nth(problems, i, c.seed, "rl") for i in indices}
+            every += roll_out(policy, engine, c, fetched, c.group_size, ("rl", step), reward).values()
+            mixed = [group for group in every if len(set(group[2])) > 1]
+            if len(mixed) == c.prompts:
+                break
+        if c.sleep:
+            engine.sleep()
+        rolled = time.perf_counter()
+
+        # (5) train on the mixed groups
+        trained = train_on(policy, reference, optimizer, c, mixed, step)
+        moved = time.perf_counter()
+
+        # (6) update the engine's weights
+        engine.update_weights()
+        end = time.perf_counter()
+        line = {"step": step, **rollout_metrics(mixed, every), **trained, "lr": learning_rate(c, step),
+                "seconds": end - start, "seconds_rollout": rolled - start,
+                "seconds_training": moved - rolled, "seconds_weights": end - moved}
+        bar.set_postfix(reward=f"{line['reward']:.3f}")
+        bar.update()
+        if held_out and (step == c.steps or c.eval_every and step % c.eval_every == 0):
+            line |= evaluate(policy, engine, c, held_out, reward, step)
+        write_lines(c, "rl.metrics.jsonl", [line])
+        if line["logp_gap"] is not None and not line["logp_gap"] <= MAX_LOGP_GAP:
+            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
+                 f"{line['logp_gap']:.3g} on average, above MAX_LOGP_GAP = {MAX_LOGP_GAP}: their weights, "
+                 "masks or temperatures are not the same")
+        if step % c.save_every == 0 or step == c.steps:
+            save(policy, optimizer, c, step, position)
 
 
-def sample_groups(policy, engine, c, problems, reward, step, position, seconds):
-    """DAPO's dynamic sampling: roll out groups until --prompts of them are mixed (their rewards differ) or
-    MAX_ROUNDS are over.
+def roll_out(policy, engine, c, problems, samples, key, reward, greedy=False):
+    """(3), (4): so many samples of each problem, {index: Problem}, made and rewarded by all ranks together.
 
-    Returns the mixed groups and all of them, each (G trajectories, G rewards), and the next data position."""
-    mixed, every = [], []
-    for _ in range(MAX_ROUNDS):
-        # (1) fetch prompts, (2) iterate over them; each rank takes its share of prompts x samples
-        indices = range(position, position + c.prompts - len(mixed))
-        position = indices.stop
-        fetched = {i: nth(problems, i, c.seed, "rl") for i in indices}
-        mine = [(i, g) for i in fetched for g in range(c.group_size)][rank()::world()]
-        with clock(seconds, "seconds_rollout"):                                # (3) request, (4) rollout
-            keys = [(c.seed, "rl", step, i, g) for i, g in mine]
-            trajectories = engine.generate([fetched[i].prompt for i, _ in mine], keys)
-        with clock(seconds, "seconds_reward"):
-            rewards = [judge(policy, reward, fetched[i], t)[1] for (i, _), t in zip(mine, trajectories)]
-        samples = sorted(gather(list(zip(mine, trajectories, rewards))), key=lambda sample: sample[0])
-        for _, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
-            every.append(list(zip(*group))[1:])                                # G trajectories, G rewards
-        mixed = [(group, rewards) for group, rewards in every if max(rewards) > min(rewards)]
-        if len(mixed) == c.prompts:
-            break
-    return mixed, every, position
+    Returns, on every rank, {index: (trajectories, their texts, their rewards)}. A reward that is not a finite
+    number ends the run: a group without it would be another group."""
+    mine = [(i, g) for i in problems for g in range(samples)][rank()::world()]
+    keys, made = [(c.seed, *key, i, g) for i, g in mine], []
+    for (i, g), t in zip(mine, engine.generate([problems[i].prompt for i, _ in mine], keys, greedy)):
+        text = policy.tokenizer.decode(t.answer)
+        value = float(reward(text, problems[i].truth))
+        if not math.isfinite(value):
+            fail(f"--reward: {value} for the answer {text[-200:]!r} to {problems[i].question[:200]!r}")
+        made.append((i, g, t, text, value))
+    groups = itertools.groupby(sorted(gather(made), key=lambda x: x[:2]), key=lambda x: x[0])
+    return {i: list(zip(*group))[2:] for i, group in groups}
+
+
+def rollout_metrics(mixed, every):
+    """Of everything sampled in a step, groups of equal rewards included."""
+    trajectories = [t for group, _, _ in every for t in group]
+    n, steps = len(trajectories), sum(t.decoding_steps for t in trajectories)
+    distinct = sum(len({tuple(t.answer.tolist()) for t in group}) for group, _, _ in every)
+    return {"reward": sum(sum(rewards) for _, _, rewards in every) / n,
+            "tokens_per_step": sum(len(t.output) for t in trajectories) / steps,
+            "output_length": sum(len(t.answer) for t in trajectories) / n,
+            "truncated": sum(not t.stopped for t in trajectories) / n,
+            "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
 
 
 def dipo_rows(policy, c, groups):
     """Mixed groups → (this rank's rows with the columns of Eq. 6-8, forward tokens of all ranks).
 
     Weights and advantages come from the whole batch here, before anything is dealt or cut."""
-    A = advantage(torch.tensor([rewards for _, rewards in groups]), c.adv_std)          # [groups, G]
-    size = torch.tensor([[t.decoding_steps for t in group] for group, _ in groups])     # [groups, G] |τ|
-    w, A = trajectory_weights(size, c.objective).flatten(), A.flatten()              # [groups · G]
-    trajectories = [t for group, _ in groups for t in group]
+    A = advantage(torch.tensor([rewards for _, _, rewards in groups]), c.adv_std)       # [groups, G]
+    n_steps = torch.tensor([[t.decoding_steps for t in group] for group, _, _ in groups])       # |τ|, as A
+    w, A = trajectory_weights(n_steps, c.objective).flatten(), A.flatten()           # [groups · G]
+    trajectories = [t for group, _, _ in groups for t in group]
     lengths = [len(t.prompt) + len(t.output) + policy.B * t.decoding_steps for t in trajectories]
 
     def document(i):
@@ -874,111 +991,40 @@ def dipo_rows(policy, c, groups):
     return make_rows(policy, lengths, document, c), sum(lengths)
 
 
-def rollout_metrics(mixed, every):
-    """Of everything sampled in a step, groups of equal rewards included."""
-    trajectories = [t for group, _ in every for t in group]
-    n, steps = len(trajectories), sum(t.decoding_steps for t in trajectories)
-    distinct = sum(len({tuple(t.answer.tolist()) for t in group}) for group, _ in every)
-    return {"reward": sum(sum(rewards) for _, rewards in every) / n,
-            "tokens_per_step": sum(len(t.output) for t in trajectories) / steps,
-            "output_length": sum(len(t.answer) for t in trajectories) / n,
-            "truncated": sum(not t.stopped for t in trajectories) / n,
-            "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
-
-
-def dipo_loss(policy, reference, c, row, tokens, seconds, sums):
-    """(5a), (5b): -J + β KL of a row, its terms added to sums. tokens: those of the batch that are read."""
-    with clock(seconds, "seconds_forward"):                                    # (5a)
-        logp, entropy = policy.score(row)                                               # [R], [R]
-    terms = [logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high]              # (5b)
-    if c.objective == "eq8":
-        terms.append(row["copy"][row["reads"]] - 1)                                     # [R] a view is a step
-    J, clipped = {"eq6": eq6, "eq7": eq7, "eq8": eq8}[c.objective](*terms)
-    kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else torch.zeros_like(J)
-    loss = -J + c.beta * kl
-    add(sums, loss=loss, kl=kl, entropy=entropy.sum() / tokens, clipped=clipped.sum(),
-        ratios=logp.new_tensor(len(clipped)), logp_gap=(logp - row["logp_sampler"]).abs().sum() / tokens)
-    return loss
-
-
-def train_on(policy, reference, optimizer, c, mixed, step, progress, seconds):
-    """(5): --updates of the policy on mixed groups. Returns their part of the metrics."""
-    rows, forward_tokens = dipo_rows(policy, c, mixed)
-    tokens, line = sum(len(t.output) for group, _ in mixed for t in group), {}
-    # π_old: the sampler's in Eq. 6; in Eq. 7, 8 sg[π_θ] (None), or π_θ before the first of the updates
+def train_on(policy, reference, optimizer, c, mixed, step):
+    """(5): --updates of the policy on mixed groups. Returns their part of the metrics, null without any."""
+    metrics = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logp_gap", "grad_norm"))
+    if not mixed:
+        return metrics | {"forward_tokens": 0}
+    rows, metrics["forward_tokens"] = dipo_rows(policy, c, mixed)
+    tokens = sum(len(t.output) for group, _, _ in mixed for t in group)
     for row in rows:
-        with torch.no_grad(), clock(seconds, "seconds_forward"):
-            row["logp_old"] = row["logp_sampler"] if c.objective == "eq6" else None
-            if c.objective != "eq6" and c.updates > 1:
-                row["logp_old"], _ = policy.score(row)
+        with torch.no_grad():          # π_old of Eq. 7, 8: None for sg[π_θ], or π_θ before several updates
+            row["logp_old"] = policy.score(row)[0] if c.objective != "eq6" and c.updates > 1 else None
             row["logp_ref"] = reference.score(row)[0] if reference else None
     for update in range(c.updates):
-        sums = {}
+        sums = torch.zeros(6, device=policy.device)
         for row in rows:
-            loss = dipo_loss(policy, reference, c, row, tokens, seconds, sums)
-            with clock(seconds, "seconds_backward"):                           # (5c)
-                (loss * world()).backward()                            # FSDP takes a mean over ranks
-        with clock(seconds, "seconds_update"):                                 # (5d)
-            norm = optimizer_step(policy, optimizer, c, step, progress)
-        sums = over_ranks(sums)
-        gap = line.get("logp_gap", sums["logp_gap"])                   # of the first update: then θ moves on
-        line = {"loss": sums["loss"], "grad_norm": norm, "entropy": sums["entropy"], "logp_gap": gap,
-                "kl": sums["kl"] if reference else None, "clip_fraction": sums["clipped"] / sums["ratios"],
-                "forward_tokens": forward_tokens}
-    return line
-
-
-def rl_step(policy, reference, engine, optimizer, c, problems, reward, step, progress):
-    """One step of DiPO. Returns its line of metrics, with the seconds of its phases."""
-    seconds = {}
-    mixed, every, progress["position"] = sample_groups(policy, engine, c, problems, reward, step,
-                                                       progress["position"], seconds)    # (1)-(4)
-    if c.sleep:
-        engine.sleep()
-    line = {"step": step, **rollout_metrics(mixed, every), "lr": learning_rate(c, step)}
-    trained = dict.fromkeys(("loss", "grad_norm", "entropy", "logp_gap", "kl", "clip_fraction"))
-    trained["forward_tokens"] = 0
-    if mixed:
-        trained = train_on(policy, reference, optimizer, c, mixed, step, progress, seconds)       # (5)
-    with clock(seconds, "seconds_weights"):                                    # (6)
-        engine.update_weights()
-    progress["step"] = step
-    progress["rewards"].append(line["reward"])
-    return line | trained | {"skipped": progress["skipped"]} | seconds
-
-
-def train_rl(policy, reference, engine, c, problems, reward, held_out):
-    """DiPO on problems. Returns its progress, with every step's reward and the accuracy before and after."""
-    optimizer = make_optimizer(policy, c)
-    if c.resume and c.sleep:
-        engine.sleep()                                                 # gradients too are made while loading
-    progress = resume(policy, optimizer, c)
-    if c.resume:
-        engine.update_weights()                                        # it was built before they were resumed
-
-    def evaluated(step):
-        row = evaluate(policy, engine, c, held_out, reward, step)
-        progress["accuracy"] = progress["accuracy"][:1] + [row["accuracy"]]             # first, last
-        return row
-    if held_out and not progress["step"]:
-        write_lines(c, "rl.metrics.jsonl", [{"step": 0} | evaluated(0)])
-    bar = tqdm(range(c.steps), "rl", initial=progress["step"], disable=rank() > 0)
-    for step in range(progress["step"] + 1, c.steps + 1):
-        start = time.perf_counter()
-        line = rl_step(policy, reference, engine, optimizer, c, problems, reward, step, progress)
-        line["seconds"] = time.perf_counter() - start
-        bar.set_postfix(reward=f"{line['reward']:.3f}", loss=f"{line['loss'] or 0:.4f}")
-        bar.update()
-        if held_out and (step == c.steps or c.eval_every and step % c.eval_every == 0):
-            line |= evaluated(step)
-        write_lines(c, "rl.metrics.jsonl", [line])
-        if line["logp_gap"] is not None and not line["logp_gap"] <= MAX_LOGP_GAP:
-            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
-                 f"{line['logp_gap']:.3g} on average, above MAX_LOGP_GAP = {MAX_LOGP_GAP}: their weights, "
-                 "masks or temperatures are not the same")
-        if step % c.save_every == 0 or step == c.steps:
-            save(policy, optimizer, c, progress)
-    return progress
+            logp, entropy = policy.score(row)                                  # (5a)   [R], [R]
+            if c.objective == "eq6":                                           # (5b)
+                J, clipped = eq6(logp, row["logp_sampler"], row["A"], row["w"], c.eps, c.eps_high)
+            elif c.objective == "eq7":
+                J, clipped = eq7(logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high)
+            else:
+                view = row["view"][row["reads"]] - 1                                    # [R] a view is a step
+                J, clipped = eq8(logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high, view)
+            kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else torch.zeros_like(J)
+            loss = -J + c.beta * kl
+            (loss * world()).backward()                                        # (5c)   FSDP takes a mean
+            gap, ratios = (logp - row["logp_sampler"]).abs().sum() / tokens, torch.tensor(len(clipped))
+            seen = loss, kl, entropy.sum() / tokens, gap, clipped.sum(), ratios
+            sums += torch.stack([x.detach().to(sums) for x in seen])
+        norm = optimizer_step(policy, optimizer, c, step)                      # (5d)
+        loss, kl, entropy, gap, clipped, ratios = all_sum(sums).tolist()
+        gap = gap if update == 0 else metrics["logp_gap"]                      # later θ has moved on
+        metrics |= {"loss": loss, "kl": kl if reference else None, "entropy": entropy,
+                    "clip_fraction": clipped / ratios, "logp_gap": gap, "grad_norm": norm}
+    return metrics
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -986,16 +1032,13 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
 def evaluate(policy, engine, c, problems, reward, step=None):
     """Table 1's columns, printed and returned, by all ranks; every answer goes to OUT/eval.jsonl, or with
     the step of RL to OUT/rl.eval.jsonl."""
-    mine = [(i, g) for i in range(len(problems)) for g in range(max(1, c.samples))][rank()::world()]
-    keys, answers = [(c.seed, "eval", 0, i, g) for i, g in mine], []
-    trajectories = engine.generate([problems[i].prompt for i, _ in mine], keys, greedy=c.samples == 0)
-    for (i, g), t in zip(mine, trajectories):
-        text, value = judge(policy, reward, problems[i], t)
-        answers.append({
-            "step": step, "problem": i, "sample": g, "question": problems[i].question,
-            "truth": problems[i].truth, "answer": text, "reward": value, "truncated": not t.stopped,
-            "length": len(t.answer), "tokens": len(t.output), "decoding_steps": t.decoding_steps})
-    answers = sorted(gather(answers), key=lambda line: (line["problem"], line["sample"]))
+    found = roll_out(policy, engine, c, dict(enumerate(problems)), max(1, c.samples), ("eval", 0), reward,
+                     greedy=c.samples == 0)
+    answers = [{
+        "step": step, "problem": i, "sample": g, "question": problems[i].question,
+        "truth": problems[i].truth, "answer": text, "reward": value, "truncated": not t.stopped,
+        "length": len(t.answer), "tokens": len(t.output), "decoding_steps": t.decoding_steps}
+        for i, group in found.items() for g, (t, text, value) in enumerate(zip(*group))]
     write_lines(c, "eval.jsonl" if step is None else "rl.eval.jsonl", answers)
     row = table_1(answers)
     say(f"{c.model if step is None else f'rl, step {step}'}: {len(problems)} problems, "
@@ -1115,40 +1158,13 @@ PRESETS = {
     "paper": dict(max_length=8192, max_new_tokens=8192, prompts=128, group_size=32, batch=512, slots=256)}
 
 
-def fail(message):
-    """Bad input: one line, exit code 2. Until the ranks have met all have the same to say: one says it."""
-    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
-        print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)                           # or torchrun ends rank 0 before it speaks
-    sys.exit(2)
-
-
-@contextmanager
-def in_one_line(where, c=None):
-    """What goes wrong in files and libraries is said in one line: where, what, and the run's last state."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:                     # torch's CheckpointException is no Exception, and its
-        if hasattr(error, "failures"):                 # text is a traceback: say the first rank's failure
-            error, _ = next(iter(error.failures.values()))
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        fail(f"{where}: {what}" + (f"; {last_state(c)}" if c else ""))
-
-
 def parse_flags(argv=None):
     """Flags → namespace, with None for what was not given."""
-    parser = argparse.ArgumentParser(prog="dirl.py", allow_abbrev=False, epilog="In brackets: the default.")
+    parser = argparse.ArgumentParser(prog="dirl.py", allow_abbrev=False)
     parser.error = fail
     for f in fields(Config):
         name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        presets = [f"{kind} {values[f.name]}" for kind, values in PRESETS.items()
-                   if f.name in values and kind != "paper"]
-        default = ", ".join(presets) or ("" if f.default in (None, False) else f.default)
-        text = meta["text"] + f" [{default}]" * (default != "")
-        text += f" (paper: {meta['paper']})" if meta["paper"] else ""
+        text = meta["text"] + (f" (paper: {meta['paper']})" if meta["paper"] else "")
         typed = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": meta["choices"]}
         parser.add_argument(name, default=None, help=text, **typed)
     given = parser.parse_args(argv)
@@ -1170,22 +1186,22 @@ def configure(given, stage):
     c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
     if c.model == "tiny":
         c.block_size = c.block_size or 4
-    wrong = {
-        "--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta":
-            c.beta > 0 and c.objective == "eq8",
-        "--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere":
-            stage != "sft" and c.engine == "lmdeploy" and not lmdeploy_runs(),
-        "--sleep: it is for --engine lmdeploy": c.sleep and c.engine != "lmdeploy",
-        f"--engine-memory {c.engine_memory}: a share of the free GPU memory, below 1": c.engine_memory >= 1,
-        "--eval-data: it is for --stage rl with --data": c.eval_data and not (stage == "rl" and c.data),
-        f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl":
-            stage in ("eval", "show") and c.model == "tiny",
-        "--resume: say which run with --out": c.resume and not c.out,
-        f"--tokens-per-step {c.tokens_per_step}: must divide the block size {c.block_size}":
-            c.block_size and c.block_size % c.tokens_per_step}
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            fail(message)
+    if c.beta > 0 and c.objective == "eq8":
+        fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
+    if c.engine == "lmdeploy" and stage != "sft" and not lmdeploy_runs():
+        fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
+    if c.sleep and c.engine != "lmdeploy":
+        fail("--sleep: it is for --engine lmdeploy")
+    if c.engine_memory >= 1:
+        fail(f"--engine-memory {c.engine_memory}: a share of the free GPU memory, below 1")
+    if c.eval_data and not (stage == "rl" and c.data):
+        fail("--eval-data: it is for --stage rl with --data")
+    if stage in ("eval", "show") and c.model == "tiny":
+        fail(f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl")
+    if c.resume and not c.out:
+        fail("--resume: say which run with --out")
+    if c.block_size and c.block_size % c.tokens_per_step:
+        fail(f"--tokens-per-step {c.tokens_per_step}: must divide the block size {c.block_size}")
     return c
 
 
@@ -1198,15 +1214,6 @@ def is_tiny(model):
 
 def lmdeploy_runs():
     return torch.cuda.is_available()
-
-
-def seed_of(*key):
-    """53 bits for a (seed, stage, step, prompt, sample): no draw hangs on global state."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 11
-
-
-def generator(*key):
-    return torch.Generator().manual_seed(seed_of(*key))
 
 
 # ---- data and rewards ------------------------------------------------------------------------------------
@@ -1392,22 +1399,15 @@ def read_config(folder, c):
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: x for name, x in rope.items() if name != "rope_theta"}
         config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype") or "bfloat16"
-        if not isinstance(getattr(torch, str(config["torch_dtype"]), None), torch.dtype):
+        if not isinstance(getattr(torch, config["torch_dtype"]), torch.dtype):
             raise ValueError(f"torch_dtype {config['torch_dtype']!r}, which torch does not know")
-        if not config.get("block_size"):
-            if kind == "a2d-qwen3" and not c.block_size:
-                raise ValueError("it has no block_size: give --block-size (4 for OPDLM's, 32 for dllm's)")
-            config["block_size"] = c.block_size or 4
-        for name in ("block_size", "eos_token_id", "mask_token_id"):
-            value = config.get(name)
-            if name == "eos_token_id" and isinstance(value, list) and value:
-                value = value[0]
-            if name == "mask_token_id" and value is None:
-                config.pop(name, None)
-            elif type(value) is not int or not 0 <= value < config["vocab_size"]:
-                raise ValueError(f"{name} {value!r}: a number below vocab_size is needed")
-        if config["num_attention_heads"] % config["num_key_value_heads"]:
-            raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} does not divide the heads")
+        if kind == "a2d-qwen3" and not (config.get("block_size") or c.block_size):
+            raise ValueError("it has no block_size: give --block-size (4 for OPDLM's, 32 for dllm's)")
+        config["block_size"] = int(config.get("block_size") or c.block_size or 4)
+        eos, mask = config["eos_token_id"], config.get("mask_token_id")
+        ids = [*(eos if isinstance(eos, list) else [eos]), 0 if mask is None else mask]
+        if not all(type(x) is int and 0 <= x < config["vocab_size"] for x in ids):
+            raise ValueError(f"eos_token_id {eos!r}, mask_token_id {mask!r}: ids below vocab_size are needed")
         qwen3_config(config)                                           # transformers checks the other fields
     if c.block_size not in (None, config["block_size"]):
         fail(f"--block-size {c.block_size}: the block size of {folder} is {config['block_size']}")
@@ -1432,17 +1432,16 @@ def qwen3_config(config):
 def load_tokenizer(folder, config):
     """(tokenizer, id that ends a turn, whether [MASK] was added). Sets config's mask_token_id where it is
     missing: the tokenizer's mask token, else a new one, of the next id, if the embedding has room for it."""
-    import transformers
-    fast, slow = (all(os.path.exists(os.path.join(folder, x)) for x in names)
-                  for names in (["tokenizer.json"], ["vocab.json", "merges.txt"]))
-    if not fast and not slow:
+    from transformers import AutoTokenizer
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "vocab.json")):
         raise ValueError("no tokenizer in it: neither tokenizer.json nor vocab.json and merges.txt")
-    Tokenizer = transformers.PreTrainedTokenizerFast if fast else transformers.Qwen2Tokenizer
-    tokenizer = Tokenizer.from_pretrained(folder, local_files_only=True)
-    add_mask = "mask_token_id" not in config and tokenizer.mask_token_id is None
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=qwen3_config(config), trust_remote_code=False,
+                                              local_files_only=True)
+    add_mask = config.get("mask_token_id") is None and tokenizer.mask_token_id is None
     if add_mask:
         tokenizer.add_special_tokens({"mask_token": "<|MASK|>"})
-    config.setdefault("mask_token_id", tokenizer.mask_token_id)
+    if config.get("mask_token_id") is None:
+        config["mask_token_id"] = tokenizer.mask_token_id
     largest = max(config["mask_token_id"], *tokenizer.get_vocab().values())
     if largest >= config["vocab_size"]:
         raise ValueError(f"token id {largest}: the embedding has room for {config['vocab_size']}")
@@ -1474,8 +1473,9 @@ def load_policy(folder, c):
     if model.num_parameters() > 1e8:                                   # memory for time, where memory counts
         model.activation_checkpointing_enable({"use_reentrant": False})
     temperature = 1.0 if c.stage == "sft" else c.temperature           # Eq. 3 is about p_θ itself
-    return Policy(shard(model).train(), tokenizer, folder, config, end_id, temperature, not c.no_thinking,
-                  add_mask)
+    with in_one_line(f"--model {folder}"):
+        return Policy(shard(model).train(), tokenizer, folder, config, end_id, temperature, not c.no_thinking,
+                      add_mask)
 
 
 def save_policy(policy, folder):
@@ -1488,31 +1488,19 @@ def save_policy(policy, folder):
     for name, tensor in policy.named_weights(getattr(torch, policy.config["torch_dtype"])):
         if rank() == 0:
             state[name] = tensor.to("cpu", copy=True)          # a gathered one is a slice of padded storage
-    if rank() == 0:
-        with written_aside(folder) as aside:
-            for file in os.scandir(policy.folder):
-                weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
-                if file.is_file() and not weights and file.stat().st_size < 2**26:
-                    shutil.copyfile(file.path, os.path.join(aside, file.name))
-            write_json(os.path.join(aside, "config.json"), policy.config)
-            if policy.added_mask:
-                policy.tokenizer.save_pretrained(aside)
-            save_torch_state_dict(state, aside)
-            for file in os.scandir(aside):                     # safetensors are written for the owner only
-                shutil.copymode(os.path.join(aside, "config.json"), file.path)
-
-
-@contextmanager
-def written_aside(folder):
-    """A folder to write in, which then takes the place of `folder` as a whole."""
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    os.makedirs(folder + ".tmp")
-    yield folder + ".tmp"
-    shutil.rmtree(folder + ".old", ignore_errors=True)
-    if os.path.isdir(folder):
-        os.rename(folder, folder + ".old")
-    os.rename(folder + ".tmp", folder)
-    shutil.rmtree(folder + ".old", ignore_errors=True)
+    with written_aside(folder) as aside:
+        if rank() > 0:
+            return
+        for file in os.scandir(policy.folder):
+            weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
+            if file.is_file() and not weights and file.stat().st_size < 2**26:
+                shutil.copyfile(file.path, os.path.join(aside, file.name))
+        write_json(os.path.join(aside, "config.json"), policy.config)
+        if policy.added_mask:
+            policy.tokenizer.save_pretrained(aside)
+        save_torch_state_dict(state, aside)
+        for file in os.scandir(aside):                         # safetensors are written for the owner only
+            shutil.copymode(os.path.join(aside, "config.json"), file.path)
 
 
 def read_json(path):
@@ -1559,25 +1547,24 @@ def build_tiny(folder, B, seed):
 # ---- ranks -----------------------------------------------------------------------------------------------
 
 def start_ranks():
-    """torchrun's ranks become one process group. One rank on a GPU is a group of its own, without a port."""
-    n, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    """torchrun's ranks become one process group; a single rank is a group of its own, without a port."""
+    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")                     # TF32, for the vocabulary projection
         torch.backends.cuda.enable_cudnn_sdp(False)                    # it plans for every shape of `decode`
-    if dist.is_initialized() or (n == 1 and not cuda):
-        return
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if n == 1 else {}
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)   # a rollout or a reward may be slow
+    if not dist.is_initialized():                                      # by a `main` before, in this process
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)    # a rollout may be slow
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))                              # known before the ranks have met
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(text):
@@ -1588,56 +1575,19 @@ def say(text):
 
 def gather(items):
     """The lists of all ranks, one after the other."""
-    lists = [items] * world()
-    if world() > 1:
-        dist.all_gather_object(lists, items)
+    lists = [None] * world()
+    dist.all_gather_object(lists, items)
     return [item for items in lists for item in items]
 
 
 def all_sum(tensor):
     """Over the ranks, in place."""
-    if world() > 1:
-        dist.all_reduce(tensor)
+    dist.all_reduce(tensor)
     return tensor
 
 
 def barrier():
     all_sum(torch.zeros(1))
-
-
-def shard(model):
-    """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. On CUDA
-    layers compute in bfloat16, gradients are averaged in float32. A part becomes float32, on its device, just
-    before it is cut, so that no rank ever holds the whole. model.base: the forward to the hidden states."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dist.is_initialized():
-        n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
-        mesh = mesh["shard"] if n == world() else mesh
-        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
-        for layer in model.model.layers:
-            fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
-        # the rest stays whole after the forward, since lm_head is read then
-        fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
-    model = model.to(device, torch.float32)
-    model.base = lambda **inputs: model.model(**inputs)
-    register_fsdp_forward_method(model, "base")
-    return model
-
-
-@contextmanager
-def gathered(model):
-    """The whole model on every rank: for rollouts, in which ranks take different numbers of forwards."""
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for m in modules:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
-    try:
-        yield
-    finally:
-        for m in modules:
-            m.set_reshard_after_forward(m is not model, recurse=False)
-            m.reshard()
 
 
 # ---- rows: documents packed, and dealt to the ranks ------------------------------------------------------
@@ -1684,7 +1634,7 @@ def make_rows(policy, lengths, document, c):
     for indices in dealt:
         documents = [document(i) for i in indices]
         if not indices:
-            tokens = ("ids", "pos", "copy")
+            tokens = ("ids", "pos", "view")
             documents = [{name: x[:policy.B] if name in tokens else x[:0] for name, x in document(0).items()}]
         n = sum(lengths[i] for i in indices)
         length = row_length(n, room) if policy.device.type == "cuda" else None
@@ -1698,133 +1648,97 @@ def write_lines(c, name, lines):
     """Append lines to OUT/name, one JSON object each; a number that is not finite is null."""
     if rank() == 0:
         path = os.path.join(c.out, name)
-        with in_one_line(f"cannot write {path}", c), open(path, "a", encoding="utf-8") as file:
+        with in_one_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
             for line in lines:
                 finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x
                           for key, x in line.items()}
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def lines_of(c):
-    """The files in OUT that a stage appends to."""
-    return list(Path(c.out).glob(c.stage + ".*jsonl"))
-
-
-def state_folder(c, step):
-    return os.path.join(c.out, c.stage + ".state", str(step))
+@contextmanager
+def written_aside(folder):
+    """A folder for all ranks to write in, which then takes the place of `folder` as a whole."""
+    if rank() == 0:
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        os.makedirs(folder + ".tmp")
+    barrier()                                                          # it is there for all ranks
+    yield folder + ".tmp"
+    barrier()                                                          # all have written
+    if rank() == 0:
+        shutil.rmtree(folder + ".old", ignore_errors=True)
+        if os.path.isdir(folder):
+            os.rename(folder, folder + ".old")
+        os.rename(folder + ".tmp", folder)
+        shutil.rmtree(folder + ".old", ignore_errors=True)
 
 
 def saved_states(c):
-    """Steps of the whole states OUT/STAGE.state/N, in order."""
-    return sorted(int(x.name) for x in Path(state_folder(c, "")).glob("*") if x.name.isdigit())
+    """The whole states OUT/STAGE.state/N of steps N, in order."""
+    folders = Path(c.out, c.stage + ".state").glob("*")
+    return sorted((x for x in folders if x.name.isdigit()), key=lambda x: int(x.name))
 
 
-def last_state(c):
-    steps = saved_states(c)
-    return f"the last saved state is {state_folder(c, steps[-1])}" if steps else "no state was saved before"
-
-
-def save(policy, optimizer, c, progress):
-    """The checkpoint OUT/STAGE and, for --resume, OUT/STAGE.state/N of step N, each written aside and
-    renamed; the last two states stay."""
+def save(policy, optimizer, c, step, position=0):
+    """The checkpoint OUT/STAGE and, for --resume, the state OUT/STAGE.state/STEP; the last two stay."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    folder = state_folder(c, progress["step"])
-    with in_one_line(f"cannot save in {c.out}", c):
+    with in_one_line(f"cannot save in {c.out}"):
         save_policy(policy, os.path.join(c.out, c.stage))
         model, moments = get_state_dict(policy.model, optimizer)
-        with written_aside(folder) if rank() == 0 else nullcontext():
-            barrier()                                                  # the folder is there
-            dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder + ".tmp")
-            if rank() == 0:
-                lengths = {path.name: path.stat().st_size for path in lines_of(c)}
-                write_json(os.path.join(folder + ".tmp", "progress.json"), progress | {"bytes": lengths})
+        with written_aside(os.path.join(c.out, c.stage + ".state", str(step))) as folder:
+            dcp.save({"model": model, "optimizer": moments, "position": position}, checkpoint_id=folder)
         for old in saved_states(c)[:-2] if rank() == 0 else []:
-            shutil.rmtree(state_folder(c, old))
-        barrier()
+            shutil.rmtree(old)
 
 
 def resume(policy, optimizer, c):
-    """The progress of a stage. With --resume its newest saved state is loaded, and what its files got later
-    is cut; without a state they are emptied."""
-    progress = {"step": 0, "position": 0, "rewards": [], "accuracy": [], "not_finite": 0, "skipped": 0,
-                "bytes": {}}
-    steps = saved_states(c) if c.resume else []
-    if steps:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        folder = state_folder(c, steps[-1])
-        with in_one_line(f"--resume: {folder}"):
-            model, moments = get_state_dict(policy.model, optimizer)
-            dcp.load({"model": model, "optimizer": moments}, checkpoint_id=folder)
-            set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
-            progress |= read_json(os.path.join(folder, "progress.json"))
-        say(f"{c.stage}: resuming after step {progress['step']}")
-    for path in lines_of(c) if rank() == 0 else []:
-        os.truncate(path, progress["bytes"].get(path.name, 0))
-    return progress
-
-
-@contextmanager
-def alone_in(out):
-    """OUT is one run's for as long as its process lives: after kill -9 of torchrun a worker may live on."""
-    with in_one_line(f"--out {out}"):
-        os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, ".lock"), "w", encoding="utf-8")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"--out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)")
-        yield
+    """(steps done, data position) of a stage; with --resume those of its newest state, which is loaded."""
+    if not c.resume or not saved_states(c):
+        return 0, 0
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    folder = saved_states(c)[-1]
+    with in_one_line(f"--resume: {folder}"):
+        model, moments = get_state_dict(policy.model, optimizer)
+        state = {"model": model, "optimizer": moments, "position": 0}
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
+    say(f"{c.stage}: resuming after step {folder.name}")
+    return int(folder.name), state["position"]
 
 
 def begin(c):
-    """Refuse a stage of which OUT holds lines or states, unless --resume continues it. OUT/STAGE.run.json
-    keeps its flags and versions; says which flags were others."""
+    """Refuse a stage of which OUT holds lines or states, unless --resume continues it: then what its files
+    got after its newest state is cut. OUT/STAGE.run.json keeps its flags and versions."""
     from importlib.metadata import version
-    path, last = os.path.join(c.out, c.stage + ".run.json"), max(saved_states(c), default=0)
-    if not c.resume and (last or any(lines.stat().st_size for lines in lines_of(c))):
-        fail(f"--out {c.out}: it holds {c.stage} up to step {last}: --resume continues it, another --out "
-             "starts anew")
+    files = [path for path in Path(c.out).glob(c.stage + ".*jsonl") if path.stat().st_size]
+    last = max((int(state.name) for state in saved_states(c)), default=-1)
+    if not c.resume and (files or last >= 0):
+        fail(f"--out {c.out}: it holds {c.stage} up to step {max(last, 0)}: --resume continues it, another "
+             "--out starts anew")
+    for path in files:
+        with open(path, "rb+") as file:
+            keep, line = 0, file.readline()
+            while last >= 0 and line.endswith(b"\n") and json.loads(line)["step"] <= last:
+                keep, line = keep + len(line), file.readline()
+            file.truncate(keep)
     flags = {name: value for name, value in asdict(c).items() if name not in ("resume", "out")}
-    if c.resume and os.path.exists(path):
-        before = read_json(path)["flags"]
-        changed = [f"{x} {before.get(x)} -> {flags[x]}" for x in flags if before.get(x) != flags[x]]
-        say(f"{c.stage}: resumed" + f" with other flags: {', '.join(changed)}" * bool(changed))
     installed = [name for name in ("torch", "transformers", "lmdeploy") if importlib.util.find_spec(name)]
-    write_json(path + ".tmp", {"flags": flags, "versions": {name: version(name) for name in installed}})
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(c.out, c.stage + ".run.json"),
+               {"flags": flags, "versions": {name: version(name) for name in installed}})
 
 
+def lock(out):
+    """OUT/.lock, open: OUT is one run's while its process lives, as a rank may after kill -9 of torchrun."""
+    with in_one_line(f"--out {out}"):
+        os.makedirs(out, exist_ok=True)
+        file = open(os.path.join(out, ".lock"), "w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)")
+    return file
 # ---- main ------------------------------------------------------------------------------------------------
-
-def run_stage(c, folder, records, reward=None, eval_records=None):
-    """One stage on the checkpoint in folder; sft and rl leave theirs in OUT/sft and OUT/rl."""
-    if c.stage != "show" and rank() == 0:
-        begin(c)
-    policy = load_policy(folder, c)
-    if c.stage == "sft":
-        train_sft(policy, c, usable(policy, c, c.data, [policy.example(chat) for chat in records]))
-        return say(f"sft: {c.steps} steps; checkpoint: {os.path.join(c.out, 'sft')}")
-    problems, held_out = split_problems(policy, c, records, eval_records)
-    reference = load_policy(folder, c) if c.stage == "rl" and c.beta else None
-    with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
-        if c.stage == "show":
-            show(policy, engine, c, problems[0])
-        elif c.stage == "eval":
-            resume(policy, None, c)                                    # empties eval.jsonl
-            evaluate(policy, engine, c, problems, reward)
-            say(f"every answer: {os.path.join(c.out, 'eval.jsonl')}")
-        else:
-            progress = train_rl(policy, reference, engine, c, problems, reward, held_out)
-            accuracy = " -> ".join(f"{x:.3f}" for x in progress["accuracy"])
-            accuracy = f"{'sampled' if c.samples else 'greedy'} accuracy {accuracy}, " if accuracy else ""
-            rewards = progress["rewards"]
-            first, last = (sum(r) / max(1, len(r)) for r in (rewards[:5], rewards[-10:]))
-            say(f"rl: {accuracy}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); checkpoint: "
-                f"{os.path.join(c.out, 'rl')}")
-
 
 def read_data(c):
     """(records of the stage, those of --eval-data) from files, --prompt or the built-in task."""
@@ -1839,22 +1753,33 @@ def read_data(c):
     return (held_out, None) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
 
 
-def tiny_checkpoint(c, given):
-    """The checkpoint that the tiny model's stage begins with: built in OUT/init; for RL that of a whole stage
-    of SFT, which is run here."""
-    start = os.path.join(c.out, "init")
-    if rank() == 0 and not os.path.exists(os.path.join(start, "model.safetensors")):
-        build_tiny(start, c.block_size, c.seed)
-    barrier()                                                          # it is there for all ranks
+def run_stage(c, records, reward=None, eval_records=None):
+    """One stage on the checkpoint in the folder c.model; sft and rl leave theirs in OUT/sft and OUT/rl."""
+    if c.stage != "show" and rank() == 0:
+        begin(c)
+    policy = load_policy(c.model, c)
     if c.stage == "sft":
-        return start
-    both = ("seed", "block_size", "batch", "max_tokens", "save_every")                  # flags of both stages
-    flags = {name: value if name in both else None for name, value in vars(given).items()}
-    sft = configure(argparse.Namespace(**flags), "sft")
-    sft.out, sft.resume = c.out, c.resume
-    if max(saved_states(sft), default=0) < sft.steps:
-        run_stage(sft, start, built_in("sft", c.seed))
-    return os.path.join(c.out, "sft")
+        return train_sft(policy, c, usable(policy, c, c.data, [policy.example(chat) for chat in records]))
+    problems, held_out = split_problems(policy, c, records, eval_records)
+    reference = load_policy(c.model, c) if c.stage == "rl" and c.beta else None
+    with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
+        if c.stage == "show":
+            show(policy, engine, c, problems[0])
+        elif c.stage == "eval":
+            evaluate(policy, engine, c, problems, reward)
+        else:
+            train_rl(policy, reference, engine, c, problems, reward, held_out)
+
+
+def summary(c):
+    """What a run of RL came to, in one line, from its metrics."""
+    with open(os.path.join(c.out, "rl.metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    accuracy = [line["accuracy"] for line in lines if "accuracy" in line]
+    first, last = (sum(r) / len(r) for r in (rewards[:5], rewards[-10:]))
+    evaluated = f"accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, " if accuracy else ""
+    return f"rl: {evaluated}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10)"
 
 
 def main(argv=None):
@@ -1869,10 +1794,25 @@ def main(argv=None):
     fresh = (f"runs/{name}-{n}" for n in itertools.count())
     c.out = c.out or next(out for out in fresh if not os.path.exists(out))
     c.out, *_ = gather([c.out])                                        # one folder for all ranks
-    with alone_in(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
+    with lock(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
         barrier()
-        folder = tiny_checkpoint(c, given) if c.model == "tiny" else c.model
-        run_stage(c, folder, records, reward, eval_records)
+        if c.model == "tiny":
+            c.model = os.path.join(c.out, "init")
+            if rank() == 0 and not os.path.exists(os.path.join(c.model, "model.safetensors")):
+                build_tiny(c.model, c.block_size, c.seed)
+            barrier()                                                  # it is there for all ranks
+            if c.stage == "rl":                                        # begins with a whole stage of SFT
+                both = ("seed", "block_size", "batch", "max_tokens", "save_every", "resume")
+                flags = {flag: x if flag in both else None for flag, x in vars(given).items()}
+                sft = configure(argparse.Namespace(**flags | {"out": c.out}), "sft")
+                sft.model, c.model = c.model, os.path.join(c.out, "sft")
+                if not saved_states(sft) or int(saved_states(sft)[-1].name) < sft.steps:
+                    run_stage(sft, built_in("sft", c.seed))
+        run_stage(c, records, reward, eval_records)
+    if c.stage == "rl":
+        say(summary(c))
+    if c.stage != "show":
+        say(f"{c.stage}: all of it is in {c.out}")
     if world() > 1:                      # Python's own end can abort gloo's threads, and with them torchrun
         sys.stdout.flush()
         os._exit(0)
