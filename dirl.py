@@ -13,27 +13,29 @@ Contents. A reader may stop at the end of any part.
          Eq. 1-2, Fig. 4b   who sees whom, what one forward holds        mask_mod, layout, join
          Eq. 2              log π_θ, the one definition of the policy    log_policy, log_probs
          Eq. 3              noising of a block; the SFT loss             noised_document, sft_loss
-         Eq. 4-5            advantage, C_ε, the KL term                  advantage, C_eps, kl_k3
+         Eq. 4-5            advantage, C_ε, the KL term                  advantage, C_eps, kl_term
          section 3.2        what the model saw at every decoding step    trajectory_document
          Eq. 6, 7, 8        DiPO                                         trajectory_weights, eq6, eq7, eq8
          section 5.1        static, dynamic, sequential decoding         draw, unmask
     II   DiRL at work: the policy, its sampler, LMDeploy, the SFT loop, the RL loop (Fig. 3), evaluation
-    III  The workshop: flags, data and rewards, checkpoints, rows and ranks, saving and resuming, main
+    III  The workshop: flags, data and rewards, checkpoints, rows, saving and resuming, main
 
 Symbols. B block size; k block; t ∈ [0, 1] noise time; s decoding step within a block, from 1 (the paper's
 other t); P prompt length; L output length; S = P + L; V views of a document; N tokens of a packed row; R
 those of them that a loss reads; G group size; τ a trajectory, |τ| its decoding steps; `threshold` the
 confidence threshold of section 5.1 (the paper's other τ); sg[·] stops the gradient: `.detach()`.
 
-Departures. Where the paper is silent or contradicts itself, this file chooses; numbers change with 1 to 10.
-   1. The KL term's estimate is k3 times π_θ/sg[π_θ]. Its expected gradient is that of the printed
-      KL(π_θ‖π_ref); plain k3 has the gradient of KL(π_ref‖π_θ).
-   2. β KL is a mean over the tokens of the batch, while J is a mean over groups of sums over 1/|τ|.
-   3. |τ| counts decoding steps, as printed in Eq. 6-8. The authors' code counts tokens: (most steps of any
-      block) · L / B. J is a mean over the groups of the batch; Eq. 6 has no 1/G, as printed.
+Departures. Where the paper is silent or contradicts itself, this file chooses. Numbers 1 to 11 change what is
+computed; number 12 computes the same in another way.
+   1. The KL term is k3 in value, and its expected gradient is that of the printed KL(π_θ‖π_ref). Plain k3
+      has the gradient of KL(π_ref‖π_θ).
+   2. β KL is a mean over the tokens of the batch, while J is a mean over its groups of sums divided by |τ|.
+   3. |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code takes (most steps of any block) ·
+      L / B instead. J is a mean over the groups of the batch. Eq. 6 has no 1/G, as printed.
    4. The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
    5. A position's confidence is its top-1 probability, as the paper says. Engines and the authors' code take
-      that of the token drawn there (--confidence drawn); then the objective's gradient is biased.
+      that of the token drawn there (--confidence drawn). Which positions are committed then depends on the
+      tokens drawn, so π(o) is no longer the probability of committing o, and the gradient is biased.
    6. `dynamic` commits at a confidence equal to the threshold too; the paper says "exceeds".
    7. [MASK] is never sampled and has probability 0 in the score. The temperature applies to both. There is no
       top-k and no top-p.
@@ -45,14 +47,15 @@ Departures. Where the paper is silent or contradicts itself, this file chooses; 
   11. Groups of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them. A step that has
       fewer mixed groups than --prompts after 4 rounds of rollouts trains on those it has.
   12. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
-      is B more tokens (a view), where Fig. 4b repeats the whole sequence. The log-probabilities are the same.
+      is B more tokens (a view), where Fig. 4b repeats the whole sequence.
 """
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 # I. THE PAPER
-# A document is one sequence and its views; a row is some documents, one after the other. Both are dicts of
-# these columns, with one value for each token [N] or for each token that a loss reads [R]:
+# A document is one sequence and its views: a view is one block as it once stood, with some tokens masked. A
+# row is some documents, one after the other. Both are dicts of these columns, with one value for each token
+# [N] or for each token that a loss reads [R]:
 #
 #   ids         [N]   token ids                                                     layout
 #   pos         [N]   position in the sequence; its block k is pos // B             layout
@@ -60,7 +63,7 @@ from torch.nn.attention.flex_attention import BlockMask
 #   doc         [N]   number of the document in the row, -1 what fills the row      join
 #   reads       [R]   indices of the tokens where log π_θ is read                   who makes the document
 #   target      [R]   the token id whose log π_θ is read there                      who makes the document
-#   weight      [R]   SFT: w(t)                                                     noised_document
+#   w_t         [R]   SFT: w(t), the weight of the noise time                       noised_document
 #   A, w        [R]   RL: advantage and normaliser of the token's trajectory        dipo_rows
 #   logp_sampler, logp_old, logp_ref [R]   RL: the sampler's log π, π_old, π_ref    dipo_rows, train_on
 #
@@ -83,24 +86,28 @@ def mask_mod(doc, view, block):
     """
     def sees(batch, head, q, kv):
         same_document = doc[q] == doc[kv]
-        own_view_of_block = (view[q] == view[kv]) & (block[q] == block[kv])
+        own_copy_of_block = (view[q] == view[kv]) & (block[q] == block[kv])
         earlier_clean_block = (view[kv] == 0) & (block[kv] < block[q])
-        return same_document & (own_view_of_block | earlier_clean_block)
+        return same_document & (own_copy_of_block | earlier_clean_block)
     return sees
 
 
 def block_mask(sees, N, device, tile=128):
-    """Fig. 4b's mask of a row of N tokens, a multiple of `tile`, as a BlockMask. Made for `tile` queries at a
-    time against all keys, so that its memory is tile · N and never N · N."""
+    """Fig. 4b's mask for FlexAttention. The blocks of its BlockMask are not the model's: they are tiles of
+    tile x tile pairs (query, key), of which the kernel skips the empty ones and computes the full ones
+    without asking `sees`.
+
+    N: tokens of the row, a multiple of `tile`. Made for `tile` queries at a time against all keys, so that
+    its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def ordered(tiles):           # of each row of tiles: how many are set, and all columns, those first
+    def listed(tiles):            # of each row of tiles: how many are set, and all columns, those first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
-    tiles = [x[None, None] for x in (*ordered(partial), *ordered(full))]
+    tiles = [x[None, None] for x in (*listed(partial), *listed(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
 
 
@@ -118,16 +125,17 @@ def layout(clean, blocks, views, B):
 
 
 def join(documents, length=None):
-    """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); what pads it is a last
-    document, number -1.
+    """Documents of Fig. 4b → one row of `length` tokens (None: as many as there are); what fills it up is a
+    last document, number -1.
 
-    Adds doc. View numbers become unique in the row, `reads` indices into it; all else stays as it is. Two
-    documents of one block and one view of it, "a b | M b" and "c d | M M", become
+    Adds doc. View numbers become unique in the row, `reads` indices into it; all else stays as it is. With
+    B = 2, "a b | M b" and "c d | M M", two documents of one block and one view of it, become
 
-        ids    a b M b c d M M
-        view   0 0 1 1 0 0 2 2
-        doc    0 0 0 0 1 1 1 1
-        reads  2 6 7
+        ids     a b M b c d M M
+        pos     0 1 0 1 0 1 0 1
+        view    0 0 1 1 0 0 2 2
+        doc     0 0 0 0 1 1 1 1
+        reads   2 6 7
     """
     parts, tokens, views = [], 0, 0
     for i, d in enumerate(documents):
@@ -135,8 +143,8 @@ def join(documents, length=None):
                       "view": torch.where(d["view"] > 0, d["view"] + views, 0)})
         tokens += len(d["ids"])
         views += int(d["view"].max())
-    pad = torch.zeros((length or tokens) - tokens, dtype=torch.long)
-    parts.append({"ids": pad, "pos": torch.arange(len(pad)), "view": pad, "doc": pad - 1})
+    fill = torch.zeros((length or tokens) - tokens, dtype=torch.long)
+    parts.append({"ids": fill, "pos": torch.arange(len(fill)), "view": fill, "doc": fill - 1})
     return {name: torch.cat([p[name] for p in parts if name in p]) for name in parts[0]}
 
 
@@ -150,13 +158,13 @@ def log_policy(logits, temperature, mask_id):
     return logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
 
 
-def log_probs(hidden, weight, target, temperature, mask_id, chunk=512):
+def log_probs(hidden, head, target, temperature, mask_id, chunk=512):
     """Eq. 2, read where a loss needs it: log π_θ(target_r | …) [R] and the entropy of π_θ there [R], nats.
 
-    hidden: [R, d]; weight: [vocab, d], the vocabulary projection; target: [R]. At most chunk · vocab logits
+    hidden: [R, d]; head: [vocab, d], the vocabulary projection; target: [R]. At most chunk · vocab logits
     exist at a time: the backward computes those of several chunks again. The entropy carries no gradient."""
     def one(hidden, target):
-        log_pi = log_policy(hidden @ weight.T, temperature, mask_id)                    # [chunk, vocab]
+        log_pi = log_policy(hidden @ head.T, temperature, mask_id)                      # [chunk, vocab]
         return log_pi.gather(1, target[:, None])[:, 0], torch.special.entr(log_pi.detach().exp()).sum(1)
     if len(hidden) <= chunk:                               # one chunk: to forget its logits saves no memory
         return one(hidden, target)
@@ -188,15 +196,15 @@ def noised_document(tokens, P, u, z, B, mask_id):
     document = layout(tokens, blocks[used], torch.where(masked, mask_id, clean)[used], B)
     document["reads"] = len(tokens) + masked[used].flatten().nonzero()[:, 0]             # [R]
     document["target"] = clean[masked]                                                  # [R] (b_0^k)_j
-    document["weight"] = (1 / t)[:, None].expand_as(masked)[masked]                     # [R] w(t) = 1/t
+    document["w_t"] = (1 / t)[:, None].expand_as(masked)[masked]                        # [R] w(t) = 1/t
     return document
 
 
-def sft_loss(logp, weight, answer_tokens):
+def sft_loss(logp, w_t, answer_tokens):
     """Eq. 3: L = Σ_k w(t) Σ_j 1[(b_t^k)_j = MASK] CE(p_θ(· | b_t^k, b^{<k}), (b_0^k)_j), per answer token.
 
-    logp, weight: [R], log p_θ and w(t) of the masked tokens; answer_tokens: the batch's, masked or not."""
-    return -(weight * logp).sum() / answer_tokens
+    logp, w_t: [R], log p_θ and w(t) of the masked tokens; answer_tokens: the batch's, masked or not."""
+    return -(w_t * logp).sum() / answer_tokens
 
 
 # ---- Eq. 4-5: GRPO's parts -------------------------------------------------------------------------------
@@ -213,10 +221,11 @@ def C_eps(ratio, A, eps, eps_high):
     return torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps_high) * A)
 
 
-def kl_k3(logp, logp_ref):
+def kl_term(logp, logp_ref):
     """Eq. 5-7: KL[π_θ‖π_ref] of tokens from π_θ, each: π_θ/sg[π_θ] (π_ref/π_θ - 1 - log(π_ref/π_θ)).
 
-    The bracket is k3. The factor before it is 1, and makes the expected gradient that of KL(π_θ‖π_ref)."""
+    The bracket is the estimator k3. The factor before it is 1, and makes the expected gradient that of
+    KL(π_θ‖π_ref)."""
     log_ratio = logp_ref - logp
     return (logp - logp.detach()).exp() * (log_ratio.exp() - 1 - log_ratio)
 
@@ -238,36 +247,44 @@ def trajectory_document(prompt, output, steps, B, mask_id):
                 log_pi = log_policy(model(seen))             # one forward for every decoding step
                 read log_pi of the tokens committed at step s
 
-    In brackets below: the README's example, P P a b c d with steps 1 1 1 2 and B = 2."""
+    Example, in brackets below: B = 2, prompt P P P, output a b c with steps 1 1 2. Blocks: P P | P a | b c.
+    The document is P P P a b c, then the views P M | M M | b M, in which a, b and c are read."""
     P, S = len(prompt), len(prompt) + len(output)
     tokens = torch.cat([prompt, output])                                                # [S]
-    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)          # [K, B] (0 0 | 1 1 | 1 2)
+    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)          # [K, B] (0 0 | 0 1 | 1 2)
     count = step.max(1).values                                               # [K] steps_k (0 1 2)
     before = count.cumsum(0) - count                                         # [K] views before it (0 0 1)
     blocks = torch.arange(S // B).repeat_interleave(count)                   # [V] block of each view (1 2 2)
     s = torch.arange(len(blocks)) - before[blocks] + 1                       # [V] its decoding step (1 1 2)
     views = torch.where(step[blocks] < s[:, None], tokens.view(-1, B)[blocks], mask_id)  # [V, B]
     document = layout(tokens, blocks, views, B)
-    p = torch.arange(P, S)                                                              # [L] positions of o
-    document["reads"] = S + (before[p // B] + steps - 1) * B + p % B         # (6 7 8 11)
+    p = torch.arange(P, S)                                                   # [L] positions of o (3 4 5)
+    document["reads"] = S + (before[p // B] + steps - 1) * B + p % B         # [L] (7 8 11)
     document["target"] = output
     return document
 
 
 # ---- Eq. 6, 7, 8: DiPO -----------------------------------------------------------------------------------
+#           the ratio is that of    π_old, its denominator        w, over the number of groups    KL term
+#   eq6     a token                 the sampler's, as recorded    1/|τ_i|                         β KL
+#   eq7     a token                 sg[π_θ]                       1/Σ_j |τ_j| of its group        β KL
+#   eq8     a step: its tokens      sg[π_θ]                       1/Σ_j |τ_j| of its group        none
+#
+# With one update a batch the ratios of Eq. 7 and 8 are 1 and the clip is idle: both have the gradient of
+# Σ w A log π_θ. With several, their π_old is π_θ before the first of them.
 
-def trajectory_weights(n_steps, objective):
+def trajectory_weights(decoding_steps, objective):
     """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
     1/|τ_i|, or Eq. 7 and 8's 1/Σ_j |τ_j| with j over the same group; over the number of groups: a mean."""
-    divisor = n_steps if objective == "eq6" else n_steps.sum(1, keepdim=True).expand_as(n_steps)
-    return 1 / divisor / len(n_steps)
+    of_group = decoding_steps.sum(1, keepdim=True).expand_as(decoding_steps)
+    return 1 / (decoding_steps if objective == "eq6" else of_group) / len(decoding_steps)
 
 
 def eq6(logp, logp_old, A, w, eps, eps_high):
     """Eq. 6: J = Σ_i 1/|τ_i| Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / π_old(o_k | τ_i(1:t-1)), A_i).
 
-    All [R], one a committed token; logp_old the sampler's; w = 1/|τ_i| over the number of groups: J is a mean
-    over the groups of a batch. Returns J and where the clip acts."""
+    All [R], one a committed token; logp_old: the sampler's; w: 1/|τ_i| over the number of groups. Returns J,
+    a mean over the groups of the batch, and where the clip acts."""
     ratio = (logp - logp_old).exp()
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
@@ -276,22 +293,23 @@ def eq6(logp, logp_old, A, w, eps, eps_high):
 def eq7(logp, logp_old, A, w, eps, eps_high):
     """Eq. 7: J = 1/Σ_i |τ_i| Σ_i Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / sg[the same], A_i).
 
-    As Eq. 6, with w = 1/Σ_i |τ_i| over the number of groups; logp_old: None for sg[π_θ], or π_θ before the
-    first of several updates."""
+    As Eq. 6, line by line, but for logp_old: None for sg[π_θ], or π_θ's before the first of several updates;
+    and w: 1/Σ_i |τ_i| over the number of groups."""
     ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
 
-def eq8(logp, logp_old, A, w, eps, eps_high, view):
+def eq8(logp, logp_old, A, w, eps, eps_high, step):
     """Eq. 8: J = 1/Σ_i |τ_i| Σ_i Σ_t C_ε(π_θ(τ_i(t) | τ_i(1:t-1)) / sg[π_θ(τ_i(t) | τ_i(1:t-1))], A_i).
 
-    As Eq. 7, but the ratio is that of a step's tokens together. view: [R], the number of the token's view in
-    the row, from 0 (`join` counts on from document to document): one view, one step, one A and w."""
+    As Eq. 7, but the ratio is that of a decoding step's tokens together. step: [R], the number in the row of
+    the decoding step that committed the token, from 0; all tokens of a step have one A and one w. Returns J
+    and, for every step, whether the clip acts."""
     log_ratio = logp - (logp.detach() if logp_old is None else logp_old)
-    T = int(view.max()) + 1 if len(view) else 0                                    # decoding steps in the row
-    ratio = logp.new_zeros(T).index_add(0, view, log_ratio).exp()                 # [T] of joint probabilities
-    A, w = (x.new_zeros(T).index_copy(0, view, x) for x in (A, w))            # [T] the same all over a view
+    T = int(step.max()) + 1 if len(step) else 0                                    # decoding steps in the row
+    ratio = logp.new_zeros(T).index_add(0, step, log_ratio).exp()                 # [T] of joint probabilities
+    A, w = (x.new_zeros(T).index_copy(0, step, x) for x in (A, w))                                  # [T]
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
@@ -313,7 +331,7 @@ def unmask(top1, drawn, masked, rule, tokens_per_step, threshold, confidence):
     top1, drawn: [n, B] log π of the likeliest token of each position and of the one drawn there; masked:
     [n, B]. static: the tokens_per_step most confident; sequential: the leftmost ones; dynamic: all of at
     least `threshold`, and always the most confident one. Confidence is a position's top-1 probability
-    ("top1"), which no draw can change, or the drawn token's ("drawn")."""
+    ("top1"), which no draw can change, or the drawn token's ("drawn", see departure 5)."""
     score = (top1 if confidence == "top1" else drawn).exp()
     if rule == "sequential":
         score = -torch.arange(masked.shape[1], device=masked.device).expand_as(masked).float()
@@ -325,9 +343,10 @@ def unmask(top1, drawn, masked, rule, tokens_per_step, threshold, confidence):
 
 # ================================================ cut line ==================================================
 # Above: the paper. Below: II. DiRL AT WORK
-# `c` is the Config of part III: every flag of the run, such as c.group_size. A Policy is a model and all that
-# is needed to speak with it. An engine makes rollouts: generate(prompts, keys, greedy) returns Trajectories,
-# update_weights() gives it the trainer's weights, sleep() frees its memory until then, close() ends it.
+# `c` holds the flags of the run, such as c.group_size (`parse_flags`, in part III). A Policy is a model and
+# all that is needed to speak with it. An engine makes rollouts: generate(prompts, keys, greedy) returns
+# Trajectories, update_weights() gives it the trainer's weights, sleep() frees its memory until then, close()
+# ends it. Every rank runs all of this file, on its own share of the prompts and rows.
 import argparse
 import asyncio
 import fcntl
@@ -345,7 +364,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -356,28 +375,48 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-# ---- errors ----------------------------------------------------------------------------------------------
+# ---- ranks, and what they say ----------------------------------------------------------------------------
+
+def rank():
+    return int(os.environ.get("RANK", 0))                              # torchrun's, known from the start
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(items):
+    """The lists of all ranks, one after the other."""
+    lists = [items] * world()
+    if world() > 1:
+        dist.all_gather_object(lists, items)
+    return [item for items in lists for item in items]
+
+
+def all_sum(tensor):
+    """Over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    all_sum(torch.zeros(1))
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
 
 def fail(message):
-    """Bad input: one line, exit code 2. Until the ranks have met all have the same to say: one says it."""
+    """Bad input: one line, exit code 2. Before the ranks meet all find the same error, and rank 0 says it."""
     if dist.is_initialized() or rank() == 0:
         print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)                           # or torchrun ends rank 0 before it speaks
     sys.exit(2)
-
-
-@contextmanager
-def in_one_line(where):
-    """What goes wrong in files and libraries is said in one line: where, and what."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:                     # torch's CheckpointException is no Exception, and its
-        if hasattr(error, "failures"):                 # text is a traceback: say the first rank's failure
-            error, _ = next(iter(error.failures.values()))
-        fail(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 
 # ---- the policy: transformers' Qwen3 under our mask ------------------------------------------------------
@@ -400,13 +439,15 @@ class Policy:
         self.eos_id = eos[0] if isinstance(eos, list) else eos         # fills the last block of an SFT answer
         self.stop_ids = torch.tensor([self.end_id, self.eos_id])
         self.device = self.model.device
-        self.base = getattr(self.model, "base", self.model.model)      # see `shard`
 
     def hidden(self, ids, pos, mask, cache=None):
-        """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA the layers are bfloat16. transformers
-        hands a mask that comes in a dict, and what it does not know, on to `attention`."""
-        return self.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
-                         use_cache=False, cache=cache).last_hidden_state
+        """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA the layers are bfloat16. A mask that comes
+        in a dict bypasses transformers' own mask code; `cache` reaches `attention` as it is."""
+        return self.model.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
+                               use_cache=False, cache=cache).last_hidden_state
+
+    def logits(self, hidden):
+        return hidden @ self.model.lm_head.weight.T
 
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R].
@@ -421,14 +462,13 @@ class Policy:
             i = torch.arange(N)
             mask = sees(0, 0, i[:, None], i)[None, None]                                # [1, 1, N, N]
         hidden = self.hidden(row["ids"][None], row["pos"][None], mask)[0, row["reads"]]  # [R, d]
-        weight = self.model.lm_head.weight                                              # [vocab, d]
-        return log_probs(hidden, weight, row["target"], self.temperature, self.mask_id)
+        return log_probs(hidden, self.model.lm_head.weight, row["target"], self.temperature, self.mask_id)
 
     def prompt(self, messages):
         """Token ids of the messages in the chat template, up to where the assistant speaks."""
-        more = {} if self.thinking else {"enable_thinking": False}
+        options = {} if self.thinking else {"enable_thinking": False}
         template = self.tokenizer.apply_chat_template
-        return self.ids(template(messages, tokenize=False, add_generation_prompt=True, **more))
+        return self.ids(template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -443,7 +483,7 @@ class Policy:
         """(name in the checkpoint, whole tensor of that dtype) of all weights, one at a time; all ranks call
         it together. Each casts its shard first: half as much to gather for bfloat16."""
         for name, parameter in self.model.named_parameters():
-            yield name, whole(parameter.detach().to(dtype))
+            yield name, full(parameter.detach().to(dtype))
 
 
 def attention(module, query, key, value, mask, scaling, cache=None, **unused):
@@ -470,23 +510,26 @@ def flex_attention():
 def shard(model):
     """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. On CUDA
     layers compute in bfloat16, gradients are averaged in float32. A part becomes float32, on its device, just
-    before it is cut, so that no rank ever holds the whole. model.base: the forward to the hidden states."""
-    device, n = "cuda" if torch.cuda.is_available() else "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    before it is cut, so that no rank ever holds the whole. model.base is the forward to the hidden states. A
+    single rank on a CPU has no process group, and FSDP's hooks would cost it a quarter of its time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dist.is_initialized():
+        n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                 # ranks of this node
+        mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh["shard"] if n == world() else mesh
+        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
+        for layer in model.model.layers:
+            fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
+        # the rest stays whole after the forward, since lm_head is read then
+        fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
+    model = model.to(device, torch.float32)
     model.base = lambda **inputs: model.model(**inputs)
-    if device == "cpu" and world() == 1:                               # a quarter of SFT's time there
-        return model.to(torch.float32)
-    mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if n == world() else mesh
-    precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
-    for layer in model.model.layers:
-        fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
-    # the rest stays whole after the forward, since lm_head is read then
-    fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "base")
     return model
 
 
-def whole(tensor):
+def full(tensor):
+    """The whole of a sharded tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -525,15 +568,15 @@ class Trajectory:
     logp: torch.Tensor           # [L] the sampler's log π(o | τ(1:s-1)) when the token was committed
     answer: torch.Tensor         # what is rewarded: before the first stop token, else max_new_tokens of it
     stopped: bool                # by a stop token
-    decoding_steps: int          # of all its blocks, |τ|
+    decoding_steps: int          # |τ|, of all its blocks
 
 
 def finish(prompt, output, steps, logp, policy, c):
     """The Trajectory of an output of whole blocks."""
     stops = torch.isin(output[:c.max_new_tokens], policy.stop_ids).nonzero()[:, 0].tolist()
     answer = output[:stops[0] if stops else c.max_new_tokens]
-    blocks = torch.cat([torch.zeros_like(prompt), steps]).view(-1, policy.B)            # [K, B]
-    return Trajectory(prompt, output, steps, logp, answer.clone(), bool(stops), int(blocks.amax(1).sum()))
+    step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, policy.B)              # [K, B]
+    return Trajectory(prompt, output, steps, logp, answer.clone(), bool(stops), int(step.amax(1).sum()))
 
 
 def denoise(logits, masked, u, policy, c):
@@ -554,43 +597,48 @@ def denoise(logits, masked, u, policy, c):
 @torch.no_grad()
 def decode(policy, prompts, keys, c, greedy=False):
     """Block diffusion decoding of a batch: for every block, for every step. One trajectory for each prompt
-    (token ids).
+    (token ids). Empty slots (·) on the left bring prompts to equally many whole blocks, so that all sequences
+    are at the same block. B = 2, M is [MASK], before the first step:
 
-    Empty slots on the left bring all prompts to equally many whole blocks, so that all sequences are at the
-    same block; one leaves after the first whole block that holds a stop token or brings its output to
+        slots    0 1 | 2 3 | 4 5 | 6 7
+                 · · | p p | p M | M M      3 tokens: pad 2, start 5. The first block decoded, slots 4 and 5,
+                 p p | p p | M M | M M      4 tokens: pad 0, start 4. may begin with a prompt's last tokens.
+
+    A sequence leaves the batch after the first whole block that holds a stop token or brings its output to
     max_new_tokens. Its random numbers, one for every position and step, are drawn beforehand from the
     generator of its key: a sample depends on nothing else."""
     from transformers import DynamicCache
     B, n, device = policy.B, len(prompts), policy.device
-    P = torch.tensor([len(p) for p in prompts])                                         # [n]
-    K, more = max(1, int(P.max()) // B), -(-c.max_new_tokens // B) + 1     # blocks of prompt, of output
-    pad = (K - P // B) * B                                                              # [n] empty slots
-    tokens = torch.full((n, (K + more) * B), policy.mask_id)                            # [n, slots]
+    K = max(1, *(len(p) // B for p in prompts))    # blocks of prompt: at least one, or the prefill is empty
+    K_out = -(-c.max_new_tokens // B) + 1                # one more, since a prompt may reach into the first
+    pad = torch.tensor([(K - len(p) // B) * B for p in prompts], device=device)         # [n] empty slots
+    start = pad + torch.tensor([len(p) for p in prompts], device=device)                # [n]
+    tokens = torch.full((n, (K + K_out) * B), policy.mask_id)                           # [n, slots]
     for i, prompt in enumerate(prompts):
-        tokens[i, pad[i]:pad[i] + P[i]] = torch.tensor(prompt)
-    u = torch.stack([torch.rand(more, B, B, generator=generator(*key)) for key in keys])
-    tokens, u, pad, P = (x.to(device) for x in (tokens, u, pad, P))        # u: [n, block, position, step]
+        tokens[i, pad[i]:start[i]] = torch.tensor(prompt)
+    u = torch.stack([torch.rand(K_out, B, B, generator=generator(*key)) for key in keys])
+    tokens, u = tokens.to(device), u.to(device)                            # u: [n, block, position, step]
     steps, logp = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=device)    # [n, slots]
-    slot, start = torch.arange(tokens.shape[1], device=device), pad + P                 # [slots], [n]
-    stop_ids, live, cache = policy.stop_ids.to(device), torch.arange(n, device=device), DynamicCache()
+    slot, stop_ids = torch.arange(tokens.shape[1], device=device), policy.stop_ids.to(device)
+    live, cache = torch.arange(n, device=device), DynamicCache()           # [m] indices of live sequences
 
-    def forward(a, b):                         # the slots a to b of the m live sequences → [m, b - a, d]
+    def forward(a, b):                                   # the slots a to b of the live ones → [m, b - a, d]
         q, pads = slot[a:b], pad[live][:, None]
         mask = (slot[:b] // B <= q[:, None] // B) & (slot[:b] >= pads[..., None])       # mask_mod's rule
         mask = mask | (slot[:b] == q[:, None])           # an empty slot sees itself, lest it see nothing
         return policy.hidden(tokens[live, a:b], (q - pads).clamp_min(0), mask[:, None], cache)
 
     forward(0, K * B)                                                          # the prompts' whole blocks
-    for k in range(K, K + more):
+    for k in range(K, K + K_out):
         a, b = k * B, k * B + B
         for s in range(1, B + 1):
             masked = tokens[live, a:b] == policy.mask_id                                # [m, B]
             if not masked.any():
                 break
-            hidden = forward(a, b)                                                      # [m, B, d]
+            logits = policy.logits(forward(a, b))                                       # [m, B, vocab]
             cache.crop(-B)                               # these keys and values are not the clean block's
             u_step = None if greedy else u[live, k - K, :, s - 1]                       # [m, B]
-            token, new, drawn = denoise(hidden @ policy.model.lm_head.weight.T, masked, u_step, policy, c)
+            token, new, drawn = denoise(logits, masked, u_step, policy, c)              # [m, B]
             tokens[live, a:b] = torch.where(new, token, tokens[live, a:b])
             steps[live, a:b] = torch.where(new, s, steps[live, a:b])
             logp[live, a:b] = torch.where(new, drawn, logp[live, a:b])
@@ -602,17 +650,15 @@ def decode(policy, prompts, keys, c, greedy=False):
         if not len(live):
             break
         forward(a, b)                                    # the block is whole: its clean keys and values stay
-    tokens, steps, logp = tokens.cpu(), steps.cpu(), logp.cpu()
-    trajectories = []
-    for i, (p, o) in enumerate(zip(pad.tolist(), start.tolist())):
-        end = int(steps[i].nonzero().max()) + 1                        # a slot never decoded has step 0
-        parts = tokens[i, p:o], tokens[i, o:end], steps[i, o:end], logp[i, o:end]
-        trajectories.append(finish(*(x.clone() for x in parts), policy, c))    # a slice is pickled whole
+    found, trajectories = [x.cpu() for x in (tokens, steps, logp)], []
+    for i, prompt in enumerate(prompts):
+        decoded = found[1][i].nonzero()[:, 0]                                  # [L] slots that have a step
+        trajectories.append(finish(torch.tensor(prompt), *(x[i, decoded] for x in found), policy, c))
     return trajectories
 
 
 class TorchEngine:
-    """Rollouts by `decode`, --slots at a time, on the trainer's own weights: there is nothing to update."""
+    """Rollouts by `decode`, --slots at a time, on the trainer's own weights."""
 
     def __init__(self, policy, c):
         self.policy, self.c = policy, c
@@ -628,23 +674,30 @@ class TorchEngine:
         return trajectories
 
     def update_weights(self):
-        pass
-
-    def close(self):
-        pass
+        """Nothing: they are the trainer's. Nor is there anything to put to sleep or to close."""
+    sleep = close = update_weights
 
 
 # ---- rollout: LMDeploy -----------------------------------------------------------------------------------
 
 def hook_lmdeploy(engine):
-    """Our policy in stock LMDeploy, by two patches: the class returned here takes the place of
-    lmdeploy.pytorch.strategies.dllm.DLLMStrategyFactory while an engine is built, which looks it up then;
-    and SDAR's model there, for good, hands out its logits in float32.
+    """Our policy in stock LMDeploy: returns the strategy factory that `LMDeployEngine` puts in the place of
+    LMDeploy's own while it builds an engine; and, for good, SDAR's model hands out its logits in float32.
 
     LMDeploy schedules, batches, runs the model and keeps its cache; what becomes of the logits `denoise`
     decides, as in `decode`. So the faults of its sampler do not matter: there rollouts of one prompt come
-    out equal. A block's state is MASKED, UNMASKED token by token, and CACHED once a pass over the whole
-    block has left its clean keys and values. engine.finished gets {session id: (output, steps, logp)}."""
+    out equal. The life of a block of B = 4, the last one of its sequence, into which the prompt's p reaches:
+
+        tokens      state     MASKED, UNMASKED or CACHED, as the forward sees it
+        p [M][M][M] U M M M   forward, step 1: `post_sampling` commits b, on the device
+        p [M] b [M] U M U M   forward, step 2: it commits a and c
+        p  a  b  c  U U U U   whole. If it ends the sequence, that is now, and it is never cached; else a
+                              forward that commits nothing and leaves the clean block's keys and values:
+        p  a  b  c  C C C C   the scheduler appends a block of [MASK]s, which begins with the first line
+
+    After every forward `update_running`, in the scheduler, is told the state after it, where the sequence
+    still holds the state before: what was masked and no more is was committed. In both, the block is the last
+    B of the sequence's num_all_ids tokens. engine.finished gets {session id: (output, steps, logp)}."""
     from lmdeploy.pytorch.consts import DLLM_CACHED, DLLM_MASKED, DLLM_UNMASKED
     from lmdeploy.pytorch.messages import MessageStatus
     from lmdeploy.pytorch.models.sdar import SDARForCausalLM
@@ -653,10 +706,10 @@ def hook_lmdeploy(engine):
     policy, c, B = engine.policy, engine.c, engine.policy.B
 
     def get_logits(self, hidden):              # stock: rounded to bfloat16, 0.125 apart between 16 and 32
-        flat, weight = hidden.flatten(0, -2), self.lm_head.weight                       # [tokens, d]
+        flat, head = hidden.flatten(0, -2), self.lm_head.weight                         # [tokens, d]
         if flat.dtype == torch.float32:
-            return (flat @ weight.T).view(*hidden.shape[:-1], -1)
-        return torch.mm(flat, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+            return (flat @ head.T).view(*hidden.shape[:-1], -1)
+        return torch.mm(flat, head.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
     SDARForCausalLM.get_logits = get_logits
 
     @dataclass
@@ -686,24 +739,25 @@ def hook_lmdeploy(engine):
             return super().make_stopping_criteria(seqs)
 
     class SequenceStrategy(sequence.DLLMSequenceStrategy):
-        """In the scheduler, after every forward: writes down what became of the block of each sequence."""
+        """In the scheduler, after every forward: writes down which tokens it committed to each sequence."""
         def update_running(self, running, batched_outputs, **rest):
             extra = batched_outputs.extra_outputs
-            masked_now = (extra.dllm_mask.view(-1, B) == DLLM_MASKED).numpy()           # [n, B]
-            blocks = zip(running, masked_now, extra.logp.tolist())
+            masked_after = (extra.dllm_mask.view(-1, B) == DLLM_MASKED).numpy()         # [n, B]
+            blocks = zip(running, masked_after, extra.logp.tolist())
             live = [block for block in blocks if block[0].status == MessageStatus.RUNNING]
             for seq, masked, logp in live:
-                end = seq.num_history_ids + seq.num_token_ids
-                known = vars(seq).setdefault("committed", {})          # {position: (step, log π)}
-                step = 1 + max((known[p][0] for p in range(end - B, end) if p in known), default=0)
-                new = (seq.history_dllm_mask[end - B:end] == DLLM_MASKED) & ~masked
-                known |= {end - B + j: (step, logp[j]) for j in new.nonzero()[0].tolist()}
-            super().update_running(running, batched_outputs, **rest)   # sets tokens, state and who is done
+                new = (seq.all_dllm_mask[-B:] == DLLM_MASKED) & ~masked                 # [B]
+                positions = range(seq.num_all_ids - B, seq.num_all_ids)
+                committed = engine.committed.setdefault(seq.session_id, {})    # {position: (step, log π)}
+                step = 1 + max((committed[p][0] for p in positions if p in committed), default=0)
+                committed |= {positions[j]: (step, logp[j]) for j in new.nonzero()[0].tolist()}
+            super().update_running(running, batched_outputs, **rest)   # writes the state after; who is done?
             for seq, *_ in live:
-                if seq.status != MessageStatus.RUNNING:        # done, its last block still whole in there
-                    start, end = seq.input_end_pos, seq.num_history_ids + B
-                    engine.finished[seq.session_id] = (seq.history_cache[start:end].tolist(),
-                                                       *zip(*(seq.committed[p] for p in range(start, end))))
+                if seq.status != MessageStatus.RUNNING:
+                    start, end = seq.input_end_pos, seq.num_all_ids            # of the output, whole blocks
+                    committed = engine.committed.pop(seq.session_id)
+                    steps, logp = zip(*(committed[p] for p in range(start, end)))
+                    engine.finished[seq.session_id] = seq.history_cache[start:end].tolist(), steps, logp
 
     class Factory(dllm.DLLMStrategyFactory):
         def __init__(self, model_config, dllm_config):
@@ -725,7 +779,8 @@ class LMDeployEngine:
 
     def __init__(self, policy, c, **options):
         os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")      # the check would start this script again
-        self.policy, self.c, self.finished, self.generator, self.asleep = policy, c, {}, None, False
+        self.policy, self.c, self.generator, self.asleep = policy, c, None, False
+        self.committed, self.finished = {}, {}                         # see `hook_lmdeploy`
         session_len = -(-(c.max_length + c.max_new_tokens) // policy.B) * policy.B
         try:
             import lmdeploy
@@ -772,9 +827,9 @@ class LMDeployEngine:
                                  temperature=1.0, top_k=1)         # the cheapest: its samples are not used
 
         async def one(prompt):
-            session, room = next(self.sessions), self.engine.max_session_len - len(prompt)
-            status = f"room for {room} more, --max-new-tokens is {c.max_new_tokens}"
-            if c.max_new_tokens <= room:                                       # else LMDeploy cuts the output
+            session, space = next(self.sessions), self.engine.max_session_len - len(prompt)
+            status = f"room for {space} more, --max-new-tokens is {c.max_new_tokens}"
+            if c.max_new_tokens <= space:                                      # else LMDeploy cuts the output
                 async for response in self.instance.async_stream_infer(session, list(prompt), asked):
                     status = response.status
             if session not in self.finished:
@@ -823,8 +878,6 @@ class LMDeployEngine:
 
 # ---- what both training loops use ------------------------------------------------------------------------
 
-MAX_LOGP_GAP = 0.1               # mean |Δ log π| of sampler and trainer above which RL stops; not from a GPU
-MAX_ROUNDS = 4                   # of rollouts in search of mixed groups, in a step of RL
 WARMUP = 10                      # steps in which the learning rate rises (the authors' code)
 
 
@@ -843,7 +896,7 @@ def learning_rate(c, step):
 def optimizer_step(policy, optimizer, c, step):
     """(5d) Clip the gradient, move, forget it. Returns its norm before the clip. One that is not finite moves
     nothing."""
-    norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)).item()
+    norm = full(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)).item()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     if math.isfinite(norm):
@@ -860,22 +913,29 @@ def train_sft(policy, c, examples):
     """Eq. 3 on examples, each (tokens [S], P)."""
     optimizer = make_optimizer(policy, c)
     done, _ = resume(policy, optimizer, c)
-    bar = tqdm(range(c.steps), "sft", initial=done, disable=rank() > 0)
+    bar = tqdm(total=c.steps, desc="sft", initial=done, disable=rank() > 0)
     for step in range(done + 1, c.steps + 1):
-        start, documents, answer_tokens, total = time.perf_counter(), [], 0, torch.zeros(())
+        start = time.perf_counter()
+
+        # noise the step's examples, each block of an answer at a t of its own
+        documents, answer_tokens = [], 0
         for i in range((step - 1) * c.batch, step * c.batch):
             tokens, P = nth(examples, i, c.seed, "sft")
             g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
             u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
             documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
             answer_tokens += len(tokens) - P                           # end tokens and padding included
-        lengths = [len(d["ids"]) for d in documents]
+
+        # forward and backward of this rank's rows
+        lengths, total = [len(d["ids"]) for d in documents], torch.zeros((), device=policy.device)
         for row in make_rows(policy, lengths, documents.__getitem__, c):
             logp, _ = policy.score(row)                                                 # [R]
-            loss = sft_loss(logp, row["weight"], answer_tokens)
+            loss = sft_loss(logp, row["w_t"], answer_tokens)
             (loss * world()).backward()                                # FSDP takes a mean over ranks
-            total = total + loss.detach()
-        norm, loss = optimizer_step(policy, optimizer, c, step), all_sum(total).item()
+            total += loss.detach()
+
+        norm = optimizer_step(policy, optimizer, c, step)
+        loss = all_sum(total).item()
         write_lines(c, "sft.metrics.jsonl", [{
             "step": step, "loss": loss, "lr": learning_rate(c, step), "grad_norm": norm,
             "forward_tokens": sum(lengths), "seconds": time.perf_counter() - start}])
@@ -887,23 +947,34 @@ def train_sft(policy, c, examples):
 
 # ---- the RL loop, its phases numbered as in Fig. 3 -------------------------------------------------------
 
+MAX_LOGP_GAP = 0.1               # mean |Δ log π| of sampler and trainer above which RL stops: not calibrated
+MAX_ROUNDS = 4                   # on a GPU. Rounds of rollouts in search of mixed groups, in a step of RL
+
+
 class Problem(NamedTuple):
     prompt: list                 # token ids, to where the assistant speaks
     truth: str
     question: str
 
 
+class Group(NamedTuple):
+    """The samples of one problem, G in training."""
+    trajectories: tuple
+    answers: tuple               # their texts
+    rewards: tuple
+
+
 def train_rl(policy, reference, engine, c, problems, reward, held_out):
     """DiPO on problems, evaluated on those held out before, on the way and after."""
     optimizer = make_optimizer(policy, c)
     if c.resume and c.sleep:
-        engine.sleep()                                                 # gradients too are made while loading
+        engine.sleep()                                                 # loading allocates gradients as well
     done, position = resume(policy, optimizer, c)
     if c.resume:
         engine.update_weights()                                        # it was built before they were resumed
     if held_out and not done:
         write_lines(c, "rl.metrics.jsonl", [{"step": 0} | evaluate(policy, engine, c, held_out, reward, 0)])
-    bar = tqdm(range(c.steps), "rl", initial=done, disable=rank() > 0)
+    bar = tqdm(total=c.steps, desc="rl", initial=done, disable=rank() > 0)
     for step in range(done + 1, c.steps + 1):
         start = time.perf_counter()
 
@@ -911,11 +982,11 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
         # are mixed, that is, until their rewards differ (DAPO's dynamic sampling)
         mixed, every = [], []
         for _ in range(MAX_ROUNDS):
-            indices = range(position, position + c.prompts - len(mixed))
-            position = indices.stop
-            fetched = {i: nth(problems, i, c.seed, "rl") for i in indices}
-            every += roll_out(policy, engine, c, fetched, c.group_size, ("rl", step), reward).values()
-            mixed = [group for group in every if len(set(group[2])) > 1]
+            fetched = range(position, position + c.prompts - len(mixed))
+            position = fetched.stop
+            asked = {i: nth(problems, i, c.seed, "rl") for i in fetched}
+            every += roll_out(policy, engine, c, asked, c.group_size, ("rl", step), reward).values()
+            mixed = [group for group in every if len(set(group.rewards)) > 1]
             if len(mixed) == c.prompts:
                 break
         if c.sleep:
@@ -929,6 +1000,7 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
         # (6) update the engine's weights
         engine.update_weights()
         end = time.perf_counter()
+
         line = {"step": step, **rollout_metrics(mixed, every), **trained, "lr": learning_rate(c, step),
                 "seconds": end - start, "seconds_rollout": rolled - start,
                 "seconds_training": moved - rolled, "seconds_weights": end - moved}
@@ -937,10 +1009,10 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
         if held_out and (step == c.steps or c.eval_every and step % c.eval_every == 0):
             line |= evaluate(policy, engine, c, held_out, reward, step)
         write_lines(c, "rl.metrics.jsonl", [line])
-        if line["logp_gap"] is not None and not line["logp_gap"] <= MAX_LOGP_GAP:
-            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by "
-                 f"{line['logp_gap']:.3g} on average, above MAX_LOGP_GAP = {MAX_LOGP_GAP}: their weights, "
-                 "masks or temperatures are not the same")
+        gap = line["logp_gap"]
+        if gap is not None and not gap <= MAX_LOGP_GAP:                # nor is it so if it is not a number
+            fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by {gap:.3g} on "
+                 f"average, above MAX_LOGP_GAP = {MAX_LOGP_GAP}: their weights, masks or temperatures differ")
         if step % c.save_every == 0 or step == c.steps:
             save(policy, optimizer, c, step, position)
 
@@ -948,27 +1020,29 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
 def roll_out(policy, engine, c, problems, samples, key, reward, greedy=False):
     """(3), (4): so many samples of each problem, {index: Problem}, made and rewarded by all ranks together.
 
-    Returns, on every rank, {index: (trajectories, their texts, their rewards)}. A reward that is not a finite
-    number ends the run: a group without it would be another group."""
+    Returns {index: Group} of all of them on every rank. A reward that is not a finite number ends the run: a
+    group without it would be another group."""
     mine = [(i, g) for i in problems for g in range(samples)][rank()::world()]
     keys, made = [(c.seed, *key, i, g) for i, g in mine], []
     for (i, g), t in zip(mine, engine.generate([problems[i].prompt for i, _ in mine], keys, greedy)):
-        text = policy.tokenizer.decode(t.answer)
-        value = float(reward(text, problems[i].truth))
+        answer = policy.tokenizer.decode(t.answer)
+        value = float(reward(answer, problems[i].truth))
         if not math.isfinite(value):
-            fail(f"--reward: {value} for the answer {text[-200:]!r} to {problems[i].question[:200]!r}")
-        made.append((i, g, t, text, value))
-    groups = itertools.groupby(sorted(gather(made), key=lambda x: x[:2]), key=lambda x: x[0])
-    return {i: list(zip(*group))[2:] for i, group in groups}
+            fail(f"--reward: {value} for the answer {answer[-200:]!r} to {problems[i].question[:200]!r}")
+        made.append((i, g, t, answer, value))
+    groups = {i: [] for i in problems}
+    for i, _, *sample in sorted(gather(made), key=lambda x: x[:2]):
+        groups[i].append(sample)
+    return {i: Group(*zip(*found)) for i, found in groups.items()}
 
 
 def rollout_metrics(mixed, every):
     """Of everything sampled in a step, groups of equal rewards included."""
-    trajectories = [t for group, _, _ in every for t in group]
-    n, steps = len(trajectories), sum(t.decoding_steps for t in trajectories)
-    distinct = sum(len({tuple(t.answer.tolist()) for t in group}) for group, _, _ in every)
-    return {"reward": sum(sum(rewards) for _, _, rewards in every) / n,
-            "tokens_per_step": sum(len(t.output) for t in trajectories) / steps,
+    trajectories = [t for group in every for t in group.trajectories]
+    n, decoding_steps = len(trajectories), sum(t.decoding_steps for t in trajectories)
+    distinct = sum(len({tuple(t.answer.tolist()) for t in group.trajectories}) for group in every)
+    return {"reward": sum(sum(group.rewards) for group in every) / n,
+            "tokens_per_step": sum(len(t.output) for t in trajectories) / decoding_steps,
             "output_length": sum(len(t.answer) for t in trajectories) / n,
             "truncated": sum(not t.stopped for t in trajectories) / n,
             "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
@@ -978,10 +1052,10 @@ def dipo_rows(policy, c, groups):
     """Mixed groups → (this rank's rows with the columns of Eq. 6-8, forward tokens of all ranks).
 
     Weights and advantages come from the whole batch here, before anything is dealt or cut."""
-    A = advantage(torch.tensor([rewards for _, _, rewards in groups]), c.adv_std)       # [groups, G]
-    n_steps = torch.tensor([[t.decoding_steps for t in group] for group, _, _ in groups])       # |τ|, as A
-    w, A = trajectory_weights(n_steps, c.objective).flatten(), A.flatten()           # [groups · G]
-    trajectories = [t for group, _, _ in groups for t in group]
+    A = advantage(torch.tensor([group.rewards for group in groups]), c.adv_std)         # [groups, G]
+    decoding_steps = torch.tensor([[t.decoding_steps for t in group.trajectories] for group in groups])
+    w = trajectory_weights(decoding_steps, c.objective)                                 # [groups, G]
+    trajectories, A, w = [t for group in groups for t in group.trajectories], A.flatten(), w.flatten()
     lengths = [len(t.prompt) + len(t.output) + policy.B * t.decoding_steps for t in trajectories]
 
     def document(i):
@@ -997,7 +1071,7 @@ def train_on(policy, reference, optimizer, c, mixed, step):
     if not mixed:
         return metrics | {"forward_tokens": 0}
     rows, metrics["forward_tokens"] = dipo_rows(policy, c, mixed)
-    tokens = sum(len(t.output) for group, _, _ in mixed for t in group)
+    tokens = sum(len(t.output) for group in mixed for t in group.trajectories)
     for row in rows:
         with torch.no_grad():          # π_old of Eq. 7, 8: None for sg[π_θ], or π_θ before several updates
             row["logp_old"] = policy.score(row)[0] if c.objective != "eq6" and c.updates > 1 else None
@@ -1011,9 +1085,9 @@ def train_on(policy, reference, optimizer, c, mixed, step):
             elif c.objective == "eq7":
                 J, clipped = eq7(logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high)
             else:
-                view = row["view"][row["reads"]] - 1                                    # [R] a view is a step
-                J, clipped = eq8(logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high, view)
-            kl = kl_k3(logp, row["logp_ref"]).sum() / tokens if reference else torch.zeros_like(J)
+                number = row["view"][row["reads"]] - 1                # [R] every view is one decoding step
+                J, clipped = eq8(logp, row["logp_old"], row["A"], row["w"], c.eps, c.eps_high, number)
+            kl = kl_term(logp, row["logp_ref"]).sum() / tokens if reference else torch.zeros_like(J)
             loss = -J + c.beta * kl
             (loss * world()).backward()                                        # (5c)   FSDP takes a mean
             gap, ratios = (logp - row["logp_sampler"]).abs().sum() / tokens, torch.tensor(len(clipped))
@@ -1032,35 +1106,35 @@ def train_on(policy, reference, optimizer, c, mixed, step):
 def evaluate(policy, engine, c, problems, reward, step=None):
     """Table 1's columns, printed and returned, by all ranks; every answer goes to OUT/eval.jsonl, or with
     the step of RL to OUT/rl.eval.jsonl."""
-    found = roll_out(policy, engine, c, dict(enumerate(problems)), max(1, c.samples), ("eval", 0), reward,
-                     greedy=c.samples == 0)
-    answers = [{
+    groups = roll_out(policy, engine, c, dict(enumerate(problems)), max(1, c.samples), ("eval", 0), reward,
+                      greedy=c.samples == 0)
+    lines = [{
         "step": step, "problem": i, "sample": g, "question": problems[i].question,
-        "truth": problems[i].truth, "answer": text, "reward": value, "truncated": not t.stopped,
+        "truth": problems[i].truth, "answer": answer, "reward": value, "truncated": not t.stopped,
         "length": len(t.answer), "tokens": len(t.output), "decoding_steps": t.decoding_steps}
-        for i, group in found.items() for g, (t, text, value) in enumerate(zip(*group))]
-    write_lines(c, "eval.jsonl" if step is None else "rl.eval.jsonl", answers)
-    row = table_1(answers)
+        for i, group in groups.items() for g, (t, answer, value) in enumerate(zip(*group))]
+    write_lines(c, "eval.jsonl" if step is None else "rl.eval.jsonl", lines)
+    columns = table_1(lines)
     say(f"{c.model if step is None else f'rl, step {step}'}: {len(problems)} problems, "
         + (f"{c.samples} sampled answers each" if c.samples else "one greedy answer each"))
     say("decoding         accuracy    s.e.  tokens/step  length  truncated")
     name = f"{c.unmask} {c.threshold if c.unmask == 'dynamic' else c.tokens_per_step}"
-    say("{:14} {:10.3f} {:7.3f} {:12.2f} {:7.1f} {:10.3f}".format(name, *row.values()))
-    for line in [line for line in answers if line["sample"] == 0][:5]:
+    say("{:14} {:10.3f} {:7.3f} {:12.2f} {:7.1f} {:10.3f}".format(name, *columns.values()))
+    for line in [line for line in lines if line["sample"] == 0][:5]:
         say("    {question!r:.40} -> {answer!r:.60}, truth {truth!r}, reward {reward:g}".format(**line))
-    return row
+    return columns
 
 
-def table_1(answers):
-    """One row of Table 1, from answers in the order of the problems, equally many of each. The standard
-    error is that of a mean over problems."""
-    n = answers[-1]["problem"] + 1
-    means = torch.tensor([line["reward"] for line in answers], dtype=torch.float64).view(n, -1).mean(1)
-    sums = {x: sum(line[x] for line in answers) for x in ("tokens", "decoding_steps", "length", "truncated")}
+def table_1(lines):
+    """One row of Table 1, from lines of eval.jsonl in the order of the problems, equally many of each. The
+    standard error is that of a mean over problems."""
+    n = lines[-1]["problem"] + 1
+    means = torch.tensor([line["reward"] for line in lines], dtype=torch.float64).view(n, -1).mean(1)
+    sums = {x: sum(line[x] for line in lines) for x in ("tokens", "decoding_steps", "length", "truncated")}
     return {"accuracy": means.mean().item(),
             "standard_error": means.std().item() / n**0.5 if n > 1 else math.nan,
             "eval_tokens_per_step": sums["tokens"] / sums["decoding_steps"],
-            "eval_length": sums["length"] / len(answers), "eval_truncated": sums["truncated"] / len(answers)}
+            "eval_length": sums["length"] / len(lines), "eval_truncated": sums["truncated"] / len(lines)}
 
 
 def show(policy, engine, c, problem):
@@ -1075,15 +1149,15 @@ def show(policy, engine, c, problem):
         return
     P, B = len(t.prompt), policy.B
     words = [repr(policy.tokenizer.decode(token))[1:-1] for token in [*t.prompt, *t.output]]
-    steps, width = [0] * P + t.steps.tolist(), max(map(len, words[P // B * B:]))
+    step, width = [0] * P + t.steps.tolist(), max(map(len, words[P // B * B:]))
     say(f"{problem.question}\n\nblock step  {'the block after it':{B * width + 3 * B - 3}}  "
         "committed, π when sampled, as scored")
     for k in range(P // B, len(words) // B):
         block = range(k * B, k * B + B)
-        for s in range(1, max(steps[p] for p in block) + 1):
-            shown = " | ".join(f"{words[p] if steps[p] <= s else '·':{width}}" for p in block)
+        for s in range(1, max(step[p] for p in block) + 1):
+            shown = " | ".join(f"{words[p] if step[p] <= s else '·':{width}}" for p in block)
             new = (f"{words[p]!r} {t.logp[p - P].exp():.3f} {scored[p - P].exp():.3f}"
-                   for p in block if steps[p] == s)
+                   for p in block if step[p] == s)
             say(f"{k:5} {s:4}  {shown}  {', '.join(new)}")
     gap = (scored - t.logp).abs().max()
     say(f"\n{len(t.output)} tokens in {t.decoding_steps} decoding steps. One forward of "
@@ -1094,63 +1168,13 @@ def show(policy, engine, c, problem):
 # III. THE WORKSHOP
 # ---- flags -----------------------------------------------------------------------------------------------
 
-def flag(default, text, paper=None, choices=None, least=None):
-    return field(default=default, metadata={"text": text, "paper": paper, "choices": choices, "least": least})
-
-
-@dataclass
-class Config:
-    """The flags. None stands for a value that depends on the model and the stage: PRESETS."""
-    stage: str = flag("rl", "sft; rl, which for the tiny model runs sft first; eval; show: one answer",
-                      choices=("sft", "rl", "eval", "show"))
-    model: str = flag("tiny", "tiny (built here), or a folder: SDAR, A2D or Qwen3", "SDAR-8B-Chat")
-    data: str = flag(None, ".json or .jsonl: chats (sft), problems (others); else built-in arithmetic")
-    out: str = flag(None, "folder of the run: metrics, checkpoints, states; else under runs/")
-    recipe: str = flag(None, "paper: its values for the flags not given", choices=("paper",))
-    seed: int = flag(0, "of every random draw", least=0)
-    steps: int = flag(None, "optimizer steps of sft, rollout steps of rl", "sft 100, rl 40", least=1)
-    lr: float = flag(None, "learning rate after warm-up; sft: then a cosine", "sft 1e-5, rl 1e-6", least=0)
-    max_tokens: int = flag(None, "N: most tokens of a packed row; a longer document is its own row", least=1)
-    max_length: int = flag(None, "most tokens of an sft example or rl prompt; else skipped", "8192", least=1)
-    batch: int = flag(None, "sft: examples a step", "512", least=1)
-    prompts: int = flag(None, "rl: prompts (groups) a step", "128", least=1)
-    group_size: int = flag(None, "G: trajectories a prompt", "32", least=2)
-    max_new_tokens: int = flag(None, "output tokens at which decoding stops", "8192", least=1)
-    block_size: int = flag(None, "B: tokens a block, for a model that does not say", "4", least=1)
-    no_thinking: bool = flag(False, "chat template: enable_thinking=False, so that the prompt closes <think>")
-    unmask: str = flag("dynamic", "section 5.1: which tokens a decoding step commits", "dynamic",
-                       ("static", "dynamic", "sequential"))
-    tokens_per_step: int = flag(1, "static, sequential: tokens a step, a divisor of B", "1", least=1)
-    threshold: float = flag(0.9, "dynamic: commit at this confidence and above", "0.9", least=0)
-    confidence: str = flag("top1", "of a position: top-1 probability, or the drawn token's", "top1",
-                           ("top1", "drawn"))
-    temperature: float = flag(1.0, "of the policy, as sampled and as scored", "1.0", least=1e-3)
-    slots: int = flag(None, "sequences decoded at once", least=1)
-    engine: str = flag(None, "of rollouts; for a checkpoint on a GPU lmdeploy, else torch", "lmdeploy",
-                       ("torch", "lmdeploy"))
-    engine_memory: float = flag(0.4, "lmdeploy: share of the free GPU memory for its KV cache", least=0.01)
-    sleep: bool = flag(False, "lmdeploy: free its weights and cache while the model trains")
-    objective: str = flag("eq8", "DiPO: Eq. 6, 7 or 8", "eq8", ("eq6", "eq7", "eq8"))
-    eps: float = flag(0.2, "ε of C_ε", "0.2", least=0)
-    eps_high: float = flag(None, "ε of C_ε above 1, where it differs", least=0)
-    beta: float = flag(0.0, "β of the KL term of Eq. 6 and 7; loads a reference model", "0", least=0)
-    adv_std: bool = flag(False, "divide the advantage by the group's standard deviation")
-    updates: int = flag(1, "optimizer updates on each batch of rollouts", "1", least=1)
-    reward: str = flag(None, "module:function(answer, truth) -> number, in place of the built-in check")
-    eval_data: str = flag(None, "rl: problems for evaluation, in place of held-out ones of --data")
-    eval_every: int = flag(None, "rl: evaluate every so many steps, besides before and after", least=1)
-    samples: int = flag(0, "evaluation: answers a problem, drawn as in rl (show: one); 0: greedy", least=0)
-    prompt: str = flag(None, "show: what to ask; else the first problem of --data")
-    save_every: int = flag(None, "steps between saves of what --resume needs", "10 (authors' code)", least=1)
-    resume: bool = flag(False, "continue the stage in --out from its newest saved state")
-
-
-# tiny: the built-in model; real: a checkpoint on one GPU, at the paper's learning rates; paper: its sizes.
+# Defaults that depend on the model and the stage. tiny: the built-in model; real: a checkpoint on one GPU, at
+# the paper's learning rates; paper: its sizes, which --recipe paper puts on top of real.
 PRESETS = {
     "tiny": dict(max_tokens=512, max_length=384, max_new_tokens=48, prompts=16, group_size=8, slots=256,
-                 batch=12),
-    "tiny sft": dict(steps=1000, lr=2e-3, save_every=100),
-    "tiny rl": dict(steps=50, lr=2.5e-4, save_every=20),
+                 batch=12, save_every=50),
+    "tiny sft": dict(steps=1000, lr=2e-3),
+    "tiny rl": dict(steps=50, lr=2.5e-4),
     "real": dict(max_tokens=16384, max_length=2048, max_new_tokens=2048, prompts=8, group_size=8, slots=64,
                  batch=16, save_every=10),
     "real sft": dict(steps=100, lr=1e-5),
@@ -1159,45 +1183,34 @@ PRESETS = {
 
 
 def parse_flags(argv=None):
-    """Flags → namespace, with None for what was not given."""
-    parser = argparse.ArgumentParser(prog="dirl.py", allow_abbrev=False)
-    parser.error = fail
-    for f in fields(Config):
-        name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        text = meta["text"] + (f" (paper: {meta['paper']})" if meta["paper"] else "")
-        typed = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": meta["choices"]}
-        parser.add_argument(name, default=None, help=text, **typed)
-    given = parser.parse_args(argv)
-    for f in fields(Config):
-        value, least = getattr(given, f.name), f.metadata["least"]
-        if least is not None and value is not None and not least <= value < math.inf:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-    return given
-
-
-def configure(given, stage):
-    """The Config of a stage: what was given, else the recipe's value, else the model's."""
-    kind = "tiny" if is_tiny(given.model) else "real"
-    values = PRESETS[kind] | PRESETS.get(f"{kind} {stage}", {})
-    if given.recipe:
-        values |= PRESETS["paper"] | PRESETS.get(f"real {stage}", {})
-    c = Config(**values | {name: v for name, v in vars(given).items() if v is not None} | {"stage": stage})
+    """The command line → `c`, a namespace with the value of every flag: what was given, else the default for
+    this model and stage. What cannot be meant ends the run here."""
+    parser = all_flags()
+    known, _ = parser.parse_known_args(argv)
+    kind = "tiny" if is_tiny(known.model) else "real"
+    defaults = PRESETS[kind] | PRESETS.get(f"{kind} {known.stage}", {})
+    if known.recipe:
+        defaults |= PRESETS["paper"] | PRESETS.get(f"real {known.stage}", {})
+    if known.model == "tiny":
+        defaults["block_size"] = 4
+    if kind == "real" and lmdeploy_runs():
+        defaults["engine"] = "lmdeploy"
+    parser.set_defaults(**defaults)
+    parser.add_argument("--help", action="help", help="this text; defaults are those under the flags given")
+    c = parser.parse_args(argv)
     c.eps_high = c.eps if c.eps_high is None else c.eps_high
-    c.engine = c.engine or ("lmdeploy" if lmdeploy_runs() and kind == "real" else "torch")
-    if c.model == "tiny":
-        c.block_size = c.block_size or 4
     if c.beta > 0 and c.objective == "eq8":
         fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
-    if c.engine == "lmdeploy" and stage != "sft" and not lmdeploy_runs():
+    if c.engine == "lmdeploy" and c.stage != "sft" and not lmdeploy_runs():
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
     if c.sleep and c.engine != "lmdeploy":
         fail("--sleep: it is for --engine lmdeploy")
     if c.engine_memory >= 1:
         fail(f"--engine-memory {c.engine_memory}: a share of the free GPU memory, below 1")
-    if c.eval_data and not (stage == "rl" and c.data):
+    if c.eval_data and not (c.stage == "rl" and c.data):
         fail("--eval-data: it is for --stage rl with --data")
-    if stage in ("eval", "show") and c.model == "tiny":
-        fail(f"--stage {stage}: say which checkpoint with --model, such as runs/tiny-0/rl")
+    if c.stage in ("eval", "show") and c.model == "tiny":
+        fail(f"--stage {c.stage}: say which checkpoint with --model, such as runs/tiny-0/rl")
     if c.resume and not c.out:
         fail("--resume: say which run with --out")
     if c.block_size and c.block_size % c.tokens_per_step:
@@ -1205,15 +1218,91 @@ def configure(given, stage):
     return c
 
 
+def all_flags():
+    """The parser of the flags. Defaults that depend on others are in PRESETS."""
+    parser = argparse.ArgumentParser("dirl.py", add_help=False, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    add, count = parser.add_argument, number(int, 1)
+    add("--stage", default="rl", choices=("sft", "rl", "eval", "show"),
+        help="rl, for the tiny model, runs sft first; show: one answer")
+    add("--model", default="tiny", help="tiny (built here), or a folder: SDAR, A2D, Qwen3; paper: SDAR-8B-Chat")
+    add("--data", help=".json or .jsonl: chats (sft), problems (others); else built-in arithmetic")
+    add("--out", help="folder of the run: metrics, checkpoints, states; else under runs/")
+    add("--recipe", choices=("paper",), help="paper: its values for the flags not given")
+    add("--seed", type=number(int, 0), default=0, help="of every random draw")
+    add("--steps", type=count, help="optimizer steps of sft, rollout steps of rl; paper: sft 100, rl 40")
+    add("--lr", type=number(float, 0), help="after warm-up; sft: then a cosine; paper: sft 1e-5, rl 1e-6")
+    add("--max-tokens", type=count, help="N: most tokens of a packed row; a longer document is its own row")
+    add("--max-length", type=count, help="most tokens of an sft example or rl prompt; paper: 8192")
+    add("--batch", type=count, help="sft: examples a step; paper: 512")
+    add("--prompts", type=count, help="rl: prompts (groups) a step; paper: 128")
+    add("--group-size", type=number(int, 2), help="G: trajectories a prompt; paper: 32")
+    add("--max-new-tokens", type=count, help="output tokens at which decoding stops; paper: 8192")
+    add("--block-size", type=count, help="B: tokens a block, for a model that does not say; paper: 4")
+    add("--no-thinking", action="store_true", help="enable_thinking=False: the prompt closes <think>")
+    add("--unmask", choices=("static", "dynamic", "sequential"), default="dynamic",
+        help="section 5.1: which tokens a decoding step commits; paper: dynamic")
+    add("--tokens-per-step", type=count, default=1, help="static, sequential: a divisor of B; paper: 1")
+    add("--threshold", type=number(float, 0), default=0.9, help="dynamic: commit from it on; paper: 0.9")
+    add("--confidence", choices=("top1", "drawn"), default="top1",
+        help="of a position: its top-1 probability, or the drawn token's; paper: top1")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="as sampled and as scored; paper: 1")
+    add("--slots", type=count, help="sequences decoded at once")
+    add("--engine", choices=("torch", "lmdeploy"), default="torch",
+        help="of rollouts; the default for a checkpoint on a GPU is lmdeploy; paper: lmdeploy")
+    add("--engine-memory", type=number(float, 0.01), default=0.4, help="lmdeploy: cache, of free GPU memory")
+    add("--sleep", action="store_true", help="lmdeploy: free its weights and cache while the model trains")
+    add("--objective", choices=("eq6", "eq7", "eq8"), default="eq8", help="DiPO: Eq. 6, 7 or 8; paper: eq8")
+    add("--eps", type=number(float, 0), default=0.2, help="ε of C_ε; paper: 0.2")
+    add("--eps-high", type=number(float, 0), help="ε of C_ε above 1; else that of --eps")
+    add("--beta", type=number(float, 0), default=0.0, help="β of the KL term of Eq. 6 and 7; paper: 0")
+    add("--adv-std", action="store_true", help="divide the advantage by the group's standard deviation")
+    add("--updates", type=count, default=1, help="optimizer updates on each batch of rollouts; paper: 1")
+    add("--reward", help="module:function(answer, truth) -> number, in place of the built-in check")
+    add("--eval-data", help="rl: problems for evaluation, in place of held-out ones of --data")
+    add("--eval-every", type=count, help="rl: evaluate every so many steps, besides before and after")
+    add("--samples", type=number(int, 0), default=0,
+        help="evaluation: answers a problem, drawn as in rl (show: one); 0: greedy")
+    add("--prompt", help="show: what to ask; else the first problem of --data")
+    add("--save-every", type=count, help="steps between saves of what --resume needs; authors' code: 10")
+    add("--resume", action="store_true", help="continue the stage in --out from its newest saved state")
+    return parser
+
+
+def number(kind, least):
+    """argparse's type for finite numbers of a kind that are at least so large."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+    parse.__name__ = kind.__name__                                     # argparse: "invalid int value"
+    return parse
+
+
 def is_tiny(model):
     """Whether --model is the built-in model, or a checkpoint of it: its config.json says so."""
-    config = Path(model or "tiny", "config.json")
+    config = Path(model, "config.json")
     with in_one_line(f"--model {model}"):
-        return model in (None, "tiny") or config.is_file() and b'"tiny": true' in config.read_bytes()
+        return model == "tiny" or config.is_file() and b'"tiny": true' in config.read_bytes()
 
 
 def lmdeploy_runs():
     return torch.cuda.is_available()
+
+
+@contextmanager
+def in_one_line(where):
+    """What goes wrong in files and libraries is said in one line: where, and what."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:                     # torch's CheckpointException is no Exception, and its
+        if hasattr(error, "failures"):                 # text is a traceback: say the first rank's failure
+            error, _ = next(iter(error.failures.values()))
+        fail(f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 
 # ---- data and rewards ------------------------------------------------------------------------------------
@@ -1225,9 +1314,22 @@ NEEDS = {"sft": 'needs "messages": [{"role", "content"}, ...], the last an assis
          "rl": "needs question or problem, and ground_truth_answer, answer, or a solution with \\boxed{}"}
 
 
+def read_data(c):
+    """(records of the stage, those of --eval-data) from files, --prompt or the built-in task."""
+    if c.stage == "show" and c.prompt is not None:
+        with in_one_line("--prompt"):
+            c.prompt.encode()                                          # a lone surrogate is no text
+        return [(c.prompt, "")], None
+    if c.data:
+        eval_records = c.eval_data and read_records(c.eval_data, "--eval-data", "rl")
+        return read_records(c.data, "--data", "sft" if c.stage == "sft" else "rl"), eval_records
+    held_out = built_in("held out", c.seed) if c.stage != "sft" else None
+    return (held_out, None) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
+
+
 def read_records(path, name, stage):
-    """The good records of a .json list or a .jsonl file, read. Bad ones are skipped and counted; a file with
-    as many bad as good ones, or more, is refused."""
+    """The good records of a .json list or a .jsonl file: chats, or (question, truth). Bad ones are skipped
+    and counted; a file with as many bad as good ones, or more, is refused."""
     with in_one_line(f"{name} {path}: not a readable .json list or .jsonl file"):
         with open(path, encoding="utf-8-sig") as file:
             records = [x for x in file if x.strip()] if path.endswith(".jsonl") else list(json.load(file))
@@ -1369,16 +1471,16 @@ def split_problems(policy, c, records, eval_records):
     return problems[n:], problems[:n]
 
 
-@functools.cache
-def order(n, *key):
-    """A random order of n items."""
-    return torch.randperm(n, generator=generator(*key)).tolist()
-
-
 def nth(items, n, *key):
     """The n-th item of an endless walk through a list, in a new order every epoch."""
     epoch, i = divmod(n, len(items))
     return items[order(len(items), *key, epoch)[i]]
+
+
+@functools.cache
+def order(n, *key):
+    """A random order of n items."""
+    return torch.randperm(n, generator=generator(*key)).tolist()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -1431,12 +1533,14 @@ def qwen3_config(config):
 
 def load_tokenizer(folder, config):
     """(tokenizer, id that ends a turn, whether [MASK] was added). Sets config's mask_token_id where it is
-    missing: the tokenizer's mask token, else a new one, of the next id, if the embedding has room for it."""
-    from transformers import AutoTokenizer
-    if not any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "vocab.json")):
+    missing: the tokenizer's mask token, else a new one, of the next id, if the embedding has room for it.
+    AutoTokenizer refuses folders with a tokenizer class of their own, and gives some of them other ids."""
+    import transformers
+    files = set(os.listdir(folder))
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise ValueError("no tokenizer in it: neither tokenizer.json nor vocab.json and merges.txt")
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=qwen3_config(config), trust_remote_code=False,
-                                              local_files_only=True)
+    name = "PreTrainedTokenizerFast" if "tokenizer.json" in files else "Qwen2Tokenizer"
+    tokenizer = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
     add_mask = config.get("mask_token_id") is None and tokenizer.mask_token_id is None
     if add_mask:
         tokenizer.add_special_tokens({"mask_token": "<|MASK|>"})
@@ -1473,16 +1577,13 @@ def load_policy(folder, c):
     if model.num_parameters() > 1e8:                                   # memory for time, where memory counts
         model.activation_checkpointing_enable({"use_reentrant": False})
     temperature = 1.0 if c.stage == "sft" else c.temperature           # Eq. 3 is about p_θ itself
-    with in_one_line(f"--model {folder}"):
-        return Policy(shard(model).train(), tokenizer, folder, config, end_id, temperature, not c.no_thinking,
-                      add_mask)
+    return Policy(shard(model).train(), tokenizer, folder, config, end_id, temperature, not c.no_thinking,
+                  add_mask)
 
 
 def save_policy(policy, folder):
     """A checkpoint in SDAR's format: config.json, the weights in its dtype, and the source folder's other
-    small files as they are.
-
-    It is written aside and renamed, so that a folder of that name is a whole checkpoint."""
+    small files as they are."""
     from huggingface_hub import save_torch_state_dict
     state = {}
     for name, tensor in policy.named_weights(getattr(torch, policy.config["torch_dtype"])):
@@ -1544,92 +1645,13 @@ def build_tiny(folder, B, seed):
     save_torch_state_dict(model.state_dict(), folder)
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------
-
-def start_ranks():
-    """torchrun's ranks become one process group; a single rank is a group of its own, without a port."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")                     # TF32, for the vocabulary projection
-        torch.backends.cuda.enable_cudnn_sdp(False)                    # it plans for every shape of `decode`
-    if not dist.is_initialized():                                      # by a `main` before, in this process
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)    # a rollout may be slow
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))                              # known before the ranks have met
-
-
-def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(text):
-    if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def gather(items):
-    """The lists of all ranks, one after the other."""
-    lists = [None] * world()
-    dist.all_gather_object(lists, items)
-    return [item for items in lists for item in items]
-
-
-def all_sum(tensor):
-    """Over the ranks, in place."""
-    dist.all_reduce(tensor)
-    return tensor
-
-
-def barrier():
-    all_sum(torch.zeros(1))
-
-
 # ---- rows: documents packed, and dealt to the ranks ------------------------------------------------------
 
-def pack(lengths, max_tokens):
-    """Documents into rows of at most max_tokens, longest first, each into the first row with room; one that
-    is longer gets a row of its own. Returns a list of lists of document indices."""
-    rows, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = next((r for r in range(len(rows)) if lengths[i] <= room[r]), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(max_tokens)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-    return rows
-
-
-def deal(lengths, max_tokens):
-    """Documents of these lengths → (rows of document indices for this rank, most tokens of a packed row). All
-    ranks get as many rows; the last may be empty. A small batch makes shorter rows, lest ranks be idle."""
-    share = -(-sum(lengths) // world())
-    room = min(max_tokens, row_length(max(share, *lengths)))
-    rows = pack(lengths, room)
-    mine = rows[rank()::world()]
-    return mine + [[]] * (-(-len(rows) // world()) - len(mine)), room
-
-
-def row_length(n, room=0):
-    """Row length on CUDA, few in all, since FlexAttention is compiled for each: `room` for packed rows; a
-    power of two or three quarters of one for a longer document."""
-    if n <= room:
-        return -(-room // 128) * 128
-    size = max(512, 1 << (n - 1).bit_length())
-    return size * 3 // 4 if n <= size * 3 // 4 else size
-
-
 def make_rows(policy, lengths, document, c):
-    """document(i), of lengths[i] tokens, for all i → this rank's packed rows on its device.
-
-    An empty row, for a rank that has fewer than others, is a document's first block without what is read."""
-    dealt, room = deal(lengths, c.max_tokens)
+    """document(i), of lengths[i] tokens, for all i → this rank's packed rows on its device. A rank makes its
+    own documents only. All ranks get equally many rows, because FSDP's collectives want them to run equally
+    many forwards; an empty row is a dummy: a document's first block, of which nothing is read."""
+    dealt, capacity = deal(lengths, c.max_tokens)
     rows = []
     for indices in dealt:
         documents = [document(i) for i in indices]
@@ -1637,12 +1659,49 @@ def make_rows(policy, lengths, document, c):
             tokens = ("ids", "pos", "view")
             documents = [{name: x[:policy.B] if name in tokens else x[:0] for name, x in document(0).items()}]
         n = sum(lengths[i] for i in indices)
-        length = row_length(n, room) if policy.device.type == "cuda" else None
+        length = row_length(n, capacity) if policy.device.type == "cuda" else None
         rows.append({name: x.to(policy.device) for name, x in join(documents, length).items()})
     return rows
 
 
+def deal(lengths, max_tokens):
+    """Documents of these lengths → (this rank's rows, lists of document indices; capacity: most tokens of a
+    packed row). A small batch makes shorter rows, lest ranks be idle; the last row may be empty."""
+    share = -(-sum(lengths) // world())
+    capacity = min(max_tokens, row_length(max(share, *lengths)))
+    rows = pack(lengths, capacity)
+    mine = rows[rank()::world()]
+    return mine + [[]] * (-(-len(rows) // world()) - len(mine)), capacity
+
+
+def pack(lengths, capacity):
+    """Documents into rows of at most so many tokens, longest first, each into the first row where it fits; a
+    longer one gets a row of its own. Returns a list of lists of document indices."""
+    rows, left = [], []                                                # left: tokens that still fit in a row
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r in range(len(rows)) if lengths[i] <= left[r]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            left.append(capacity)
+        rows[r].append(i)
+        left[r] -= lengths[i]
+    return rows
+
+
+def row_length(n, capacity=0):
+    """Length on CUDA of a row with n tokens. Few lengths in all, since FlexAttention is compiled for each:
+    the capacity for packed rows; a power of two or three quarters of one for a longer document."""
+    if n <= capacity:
+        return -(-capacity // 128) * 128
+    length = max(512, 1 << (n - 1).bit_length())
+    return length * 3 // 4 if n <= length * 3 // 4 else length
+
+
 # ---- saving and resuming ---------------------------------------------------------------------------------
+# OUT/STAGE is the newest checkpoint, OUT/STAGE.metrics.jsonl one line a step. OUT/STAGE.state/N holds what
+# --resume needs after step N: weights, moments, and how far the walk through the data has come. A resumed
+# stage begins at the newest state; lines of later steps are cut from its files, and then everything is done
+# again as it was, because every draw has a generator of its own, whose key says its step.
 
 def write_lines(c, name, lines):
     """Append lines to OUT/name, one JSON object each; a number that is not finite is null."""
@@ -1657,7 +1716,8 @@ def write_lines(c, name, lines):
 
 @contextmanager
 def written_aside(folder):
-    """A folder for all ranks to write in, which then takes the place of `folder` as a whole."""
+    """A folder for all ranks to write in, which then takes the place of `folder` as a whole: so a folder of
+    that name is never a part of one."""
     if rank() == 0:
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         os.makedirs(folder + ".tmp")
@@ -1673,13 +1733,13 @@ def written_aside(folder):
 
 
 def saved_states(c):
-    """The whole states OUT/STAGE.state/N of steps N, in order."""
+    """The whole states OUT/STAGE.state/N, in the order of their steps N."""
     folders = Path(c.out, c.stage + ".state").glob("*")
     return sorted((x for x in folders if x.name.isdigit()), key=lambda x: int(x.name))
 
 
 def save(policy, optimizer, c, step, position=0):
-    """The checkpoint OUT/STAGE and, for --resume, the state OUT/STAGE.state/STEP; the last two stay."""
+    """The checkpoint OUT/STAGE and the state OUT/STAGE.state/STEP; the last two states stay."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
     with in_one_line(f"cannot save in {c.out}"):
@@ -1692,7 +1752,8 @@ def save(policy, optimizer, c, step, position=0):
 
 
 def resume(policy, optimizer, c):
-    """(steps done, data position) of a stage; with --resume those of its newest state, which is loaded."""
+    """(steps done, position in the data) of a stage: with --resume those of its newest state, which is
+    loaded."""
     if not c.resume or not saved_states(c):
         return 0, 0
     import torch.distributed.checkpoint as dcp
@@ -1708,8 +1769,8 @@ def resume(policy, optimizer, c):
 
 
 def begin(c):
-    """Refuse a stage of which OUT holds lines or states, unless --resume continues it: then what its files
-    got after its newest state is cut. OUT/STAGE.run.json keeps its flags and versions."""
+    """Refuse a stage of which OUT holds lines or states, unless --resume continues it: then cut the lines of
+    the steps after its newest state, half-written ones too. OUT/STAGE.run.json keeps flags and versions."""
     from importlib.metadata import version
     files = [path for path in Path(c.out).glob(c.stage + ".*jsonl") if path.stat().st_size]
     last = max((int(state.name) for state in saved_states(c)), default=-1)
@@ -1722,10 +1783,9 @@ def begin(c):
             while last >= 0 and line.endswith(b"\n") and json.loads(line)["step"] <= last:
                 keep, line = keep + len(line), file.readline()
             file.truncate(keep)
-    flags = {name: value for name, value in asdict(c).items() if name not in ("resume", "out")}
     installed = [name for name in ("torch", "transformers", "lmdeploy") if importlib.util.find_spec(name)]
     write_json(os.path.join(c.out, c.stage + ".run.json"),
-               {"flags": flags, "versions": {name: version(name) for name in installed}})
+               {"flags": vars(c), "versions": {name: version(name) for name in installed}})
 
 
 def lock(out):
@@ -1738,19 +1798,23 @@ def lock(out):
         except BlockingIOError:
             fail(f"--out {out}: another run is writing there; wait for it, or end it (pgrep -f dirl.py)")
     return file
+
+
 # ---- main ------------------------------------------------------------------------------------------------
 
-def read_data(c):
-    """(records of the stage, those of --eval-data) from files, --prompt or the built-in task."""
-    if c.stage == "show" and c.prompt is not None:
-        with in_one_line("--prompt"):
-            c.prompt.encode()
-        return [(c.prompt, "")], None
-    if c.data:
-        eval_records = c.eval_data and read_records(c.eval_data, "--eval-data", "rl")
-        return read_records(c.data, "--data", "sft" if c.stage == "sft" else "rl"), eval_records
-    held_out = built_in("held out", c.seed) if c.stage != "sft" else None
-    return (held_out, None) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
+def start_ranks():
+    """torchrun's ranks become one process group. One rank on a GPU is a group of its own, without a port; one
+    on a CPU needs none, see `shard`."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")                     # TF32, for the vocabulary projection
+        torch.backends.cuda.enable_cudnn_sdp(False)                    # it plans for every shape of `decode`
+    if dist.is_initialized() or (world() == 1 and not cuda):
+        return
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)   # a rollout or a reward may be slow
 
 
 def run_stage(c, records, reward=None, eval_records=None):
@@ -1772,47 +1836,49 @@ def run_stage(c, records, reward=None, eval_records=None):
 
 
 def summary(c):
-    """What a run of RL came to, in one line, from its metrics."""
+    """What a run of RL came to, from its metrics."""
     with open(os.path.join(c.out, "rl.metrics.jsonl"), encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     rewards = [line["reward"] for line in lines if "reward" in line]
     accuracy = [line["accuracy"] for line in lines if "accuracy" in line]
     first, last = (sum(r) / len(r) for r in (rewards[:5], rewards[-10:]))
-    evaluated = f"accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, " if accuracy else ""
-    return f"rl: {evaluated}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10)"
+    how = "sampled" if c.samples else "greedy"
+    evaluated = f"{how} accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, " if accuracy else ""
+    return f"{evaluated}reward {first:.3f} (first 5 steps) -> {last:.3f} (last 10); "
 
 
 def main(argv=None):
-    given = parse_flags(argv)
-    c = configure(given, given.stage or "rl")
+    # what was asked: an error in it ends the run before anything is written
+    c = parse_flags(argv)
     records, eval_records = read_data(c)
     reward = load_reward(c) if c.stage in ("rl", "eval") else None
     if c.model != "tiny":
-        read_config(c.model, c)                                        # refuses before anything is written
+        read_config(c.model, c)
     start_ranks()
+
+    # where: OUT, one folder for all ranks, and this run's alone
     name = "eval" if c.stage == "eval" else os.path.basename(c.model.rstrip("/"))
     fresh = (f"runs/{name}-{n}" for n in itertools.count())
-    c.out = c.out or next(out for out in fresh if not os.path.exists(out))
-    c.out, *_ = gather([c.out])                                        # one folder for all ranks
+    c.out, *_ = gather([c.out or next(out for out in fresh if not os.path.exists(out))])
     with lock(c.out) if rank() == 0 and c.stage != "show" else nullcontext():
         barrier()
+
+        # the tiny model is built, and its RL begins with a whole stage of SFT
         if c.model == "tiny":
             c.model = os.path.join(c.out, "init")
             if rank() == 0 and not os.path.exists(os.path.join(c.model, "model.safetensors")):
                 build_tiny(c.model, c.block_size, c.seed)
             barrier()                                                  # it is there for all ranks
-            if c.stage == "rl":                                        # begins with a whole stage of SFT
-                both = ("seed", "block_size", "batch", "max_tokens", "save_every", "resume")
-                flags = {flag: x if flag in both else None for flag, x in vars(given).items()}
-                sft = configure(argparse.Namespace(**flags | {"out": c.out}), "sft")
-                sft.model, c.model = c.model, os.path.join(c.out, "sft")
+            if c.stage == "rl":
+                sft = parse_flags(["--stage", "sft"])
+                for flag in "model out seed block_size batch max_tokens save_every resume".split():
+                    setattr(sft, flag, getattr(c, flag))
                 if not saved_states(sft) or int(saved_states(sft)[-1].name) < sft.steps:
                     run_stage(sft, built_in("sft", c.seed))
+                c.model = os.path.join(c.out, "sft")
         run_stage(c, records, reward, eval_records)
-    if c.stage == "rl":
-        say(summary(c))
     if c.stage != "show":
-        say(f"{c.stage}: all of it is in {c.out}")
+        say(f"{c.stage}: {summary(c) if c.stage == 'rl' else ''}all of it is in {c.out}")
     if world() > 1:                      # Python's own end can abort gloo's threads, and with them torchrun
         sys.stdout.flush()
         os._exit(0)
