@@ -9,14 +9,8 @@
     python dirl.py --help                                                     the flags, the paper's values
 
 Contents. A reader may stop at the end of any part.
-    I    The paper: functions on plain tensors that import only torch, down to the cut line
-         Eq. 1-2, Fig. 4b   who sees whom, what one forward holds        mask_mod, layout, join
-         Eq. 2              log π_θ, the one definition of the policy    log_policy, log_probs
-         Eq. 3              noising of a block; the SFT loss             noised_document, sft_loss
-         Eq. 4-5            advantage, ratio, C_ε, the KL term           advantage, prob_ratio, C_eps, kl_term
-         section 3.2        what the model saw at every decoding step    trajectory_document
-         Eq. 6, 7, 8        DiPO                                         trajectory_weights, eq6, eq7, eq8
-         section 5.1        static, dynamic, sequential decoding         draw, unmask
+    I    The paper, equation by equation, down to the cut line: functions on plain tensors that import only
+         torch. Each names its equation or section; the README has a table of them
     II   DiRL at work: the policy, its sampler, LMDeploy, the SFT loop, the RL loop (Fig. 3), evaluation
     III  The workshop: flags, data and rewards, checkpoints, rows, saving and resuming, main
 
@@ -25,13 +19,12 @@ other t); P prompt length; L output length; S = P + L; V views of a document; N 
 those of them that a loss reads; G group size; τ a trajectory, |τ| its decoding steps; `threshold` the
 confidence threshold of section 5.1 (the paper's other τ); sg[·] stops the gradient: `.detach()`.
 
-Departures. Where the paper is silent or contradicts itself, this file chooses. Numbers 1 to 11 change what is
-computed; number 12 computes the same in another way.
+Departures. Where the paper is silent or contradicts itself, this file chooses. 1 to 11 change the numbers.
    1. The KL term is k3 in value, and its expected gradient is that of the printed KL(π_θ‖π_ref). Plain k3
       has the gradient of KL(π_ref‖π_θ).
    2. β KL is a mean over the tokens of the batch, while J is a mean over its groups of sums divided by |τ|.
-   3. |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code takes (most steps of any block) ·
-      L / B instead. J is a mean over the groups of the batch. Eq. 6 has no 1/G, as printed.
+   3. |τ| counts decoding steps, as printed; the authors' code takes (most steps of any block) · L / B. Eq. 6
+      has no 1/G, as printed.
    4. The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
    5. A position's confidence is its top-1 probability, as the paper says. Engines and the authors' code take
       that of the token drawn there (--confidence drawn). Which positions are committed then depends on the
@@ -40,14 +33,15 @@ computed; number 12 computes the same in another way.
    7. [MASK] is never sampled and has probability 0 in the score. The temperature applies to both. There is no
       top-k and no top-p.
    8. The clip is symmetric, as printed; the authors' code adds 0.08 above (--eps-high 0.28).
-   9. SFT draws one t for every block, as Eq. 3 is written; the authors' code draws one for every example.
-      t is at least 1e-3, w(t) = 1/t is the ELBO's weight, and the sum is divided by the answer tokens of the
-      whole batch.
+   9. SFT draws one t for every block, as Eq. 3 is written; the authors' code one for every example. t is at
+      least 1e-3, w(t) = 1/t is the ELBO's weight, the sum is divided by the answer tokens of the batch.
   10. The tokens after the stop token in the last block belong to the trajectory: the model drew them.
   11. Groups of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them. A step that has
       fewer mixed groups than --prompts after 4 rounds of rollouts trains on those it has.
-  12. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
-      is B more tokens (a view), where Fig. 4b repeats the whole sequence.
+  12. --importance C, off by default, corrects Eq. 7 and 8 for a sampler that is not the trainer, as LMDeploy
+      in bfloat16 with other kernels is not.
+  13. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
+      is B more tokens (a view), where Fig. 4b repeats the whole sequence. The numbers are the same.
 """
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -93,19 +87,16 @@ def mask_mod(doc, view, block):
 
 
 def block_mask(sees, N, device, tile=128):
-    """Fig. 4b's mask for FlexAttention. The blocks of its BlockMask are not the model's: they are tiles of
-    tile x tile pairs (query, key), of which the kernel skips the empty ones and computes the full ones
-    without asking `sees`.
-
-    N: tokens of the row, a multiple of `tile`. Made for `tile` queries at a time against all keys, so that
-    its memory is tile · N and never N · N."""
+    """Fig. 4b's mask for FlexAttention, N a multiple of `tile`. The blocks of a BlockMask are not the model's,
+    but tiles of pairs (query, key): the kernel skips empty ones, and asks `sees` in partial ones only. Made
+    for `tile` queries at a time against all keys: its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def listed(tiles):            # of each row of tiles: how many are set, and all columns, those first
+    def listed(tiles):                  # of each row of tiles: how many are set, and all columns, those first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
     tiles = [x[None, None] for x in (*listed(partial), *listed(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
@@ -285,7 +276,7 @@ def trajectory_document(prompt, output, steps, B, mask_id):
 #   eq8     a step: its tokens      sg[π_θ]                       1/Σ_j |τ_j| of its group        none
 #
 # With one update a batch the ratios of Eq. 7 and 8 are 1 and the clip is idle: both have the gradient of
-# Σ w A log π_θ. With several, their π_old is π_θ before the first of them.
+# Σ w A log π_θ. With several updates, their π_old is π_θ before the first.
 
 def trajectory_weights(decoding_steps, objective):
     """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
@@ -295,11 +286,11 @@ def trajectory_weights(decoding_steps, objective):
 
 
 def importance_weights(logp, logp_sampler, trajectory, cap):
-    """Departure 12: min(C, Π_o π_θ(o | τ(1:s-1)) / π_sampler(o | τ(1:s-1))) of each read's trajectory, [R].
+    """Departure 12: min(C, Π π_θ(o | τ(1:s-1)) / π_sampler(o | τ(1:s-1))) of each token's trajectory, [R]: a
+    factor of its w, so that tokens from the sampler stand for tokens that π_θ would draw in the same order.
 
-    logp: [R] log π_θ before the update; logp_sampler: [R]; trajectory: [R] its number in the row, from 0. A
-    factor of w in Eq. 7 and 8, where tokens come from π_sampler: then their expected gradient is that of π_θ
-    decoding in the sampler's order (which positions are committed cancels, if no draw decides it)."""
+    logp: [R] log π_θ before the update; logp_sampler: [R]; trajectory: [R] its number in the row, from 0. The
+    probabilities of committing here or there cancel in the ratio, unless what was drawn decides it."""
     n = int(trajectory.max()) + 1 if len(trajectory) else 0
     log_weight = logp.new_zeros(n).index_add(0, trajectory, logp - logp_sampler)                    # [n]
     return log_weight.exp().clamp_max(cap)[trajectory]
@@ -1719,6 +1710,8 @@ def load_policy(folder, c):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:
                 raise ValueError(f"{what.replace('_', ' ')} in its weights: {min(map(str, info[what]))}")
+    config.pop("quantization_config", None)                            # what is loaded is quantised no more
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
     chosen = [f"{x} {config[x]}" for x in ("mask_token_id", "block_size") if before.get(x) is None]
     if chosen:
         say(f"{folder}: its config.json does not say, so chosen here: {', '.join(chosen)}")
@@ -1746,9 +1739,7 @@ def save_policy(policy, folder):
             weights = re.search(r"\.(safetensors|bin|pth?|gguf)(\.index\.json)?$", file.name)
             if file.is_file() and not weights and file.stat().st_size < 2**26:
                 shutil.copyfile(file.path, os.path.join(aside, file.name))
-        config = {name: x for name, x in policy.config.items() if name != "quantization_config"}
-        config["tie_word_embeddings"] = "lm_head.weight" not in state
-        write_json(os.path.join(aside, "config.json"), config)
+        write_json(os.path.join(aside, "config.json"), policy.config)
         if policy.added_mask:
             save_tokenizer(policy.tokenizer, aside)
         save_torch_state_dict(state, aside)
