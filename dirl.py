@@ -87,7 +87,7 @@ def mask_mod(doc, view, block):
 
 
 def block_mask(sees, N, device, tile=128):
-    """Fig. 4b's mask for FlexAttention, N a multiple of `tile`. The blocks of a BlockMask are not the model's,
+    """Fig. 4b's mask for FlexAttention; N is a multiple of tile. A BlockMask's blocks are not the model's
     but tiles of pairs (query, key): the kernel skips empty ones, and asks `sees` in partial ones only. Made
     for `tile` queries at a time against all keys: its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
@@ -466,9 +466,6 @@ class Policy:
         return self.model.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
                                use_cache=False, cache=cache).last_hidden_state
 
-    def logits(self, hidden):
-        return hidden @ self.model.lm_head.weight.T
-
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R].
 
@@ -671,7 +668,7 @@ def decode(policy, prompts, keys, c, greedy=False):
             masked = tokens[live, a:b] == policy.mask_id                                # [m, B]
             if not masked.any():
                 break
-            logits = policy.logits(forward(a, b))                                       # [m, B, vocab]
+            logits = forward(a, b) @ policy.model.lm_head.weight.T                      # [m, B, vocab]
             cache.crop(-B)                               # these keys and values are not the clean block's
             u_step = None if greedy else u[live, k - K, :, s - 1]                       # [m, B]
             token, new, drawn = denoise(logits, masked, u_step, policy, c)              # [m, B]
@@ -1263,7 +1260,7 @@ def parse_flags(argv=None):
         defaults |= PRESETS["paper"] | PRESETS.get(f"real {known.stage}", {})
     if known.model == "tiny":
         defaults["block_size"] = 4
-    defaults["engine"] = known.engine or ("lmdeploy" if kind == "real" and lmdeploy_runs() else "torch")
+    defaults["engine"] = known.engine or ("lmdeploy" if kind == "real" and gpu_memory() else "torch")
     if known.recipe and known.stage == "rl" and defaults["engine"] == "lmdeploy" and gpu_memory() < 100e9:
         defaults |= {"sleep": True, "engine_memory": 0.7}              # an 8B trained beside it fills 80 GB
     parser.set_defaults(**defaults)
@@ -1275,7 +1272,7 @@ def parse_flags(argv=None):
     if c.importance and (c.objective == "eq6" or c.confidence == "drawn"):
         fail("--importance: it is for --objective eq7 or eq8 (Eq. 6 has the sampler in its ratio) with "
              "--confidence top1 (else the draw decides what is committed)")
-    if c.engine == "lmdeploy" and c.stage != "sft" and not lmdeploy_runs():
+    if c.engine == "lmdeploy" and c.stage != "sft" and not gpu_memory():
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
     if c.sleep and c.engine != "lmdeploy":
         fail("--sleep: it is for --engine lmdeploy")
@@ -1298,8 +1295,7 @@ def all_flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     add, count = parser.add_argument, number(int, 1)
-    add("--stage", default="rl", choices=("sft", "rl", "eval", "show"),
-        help="rl, for the tiny model, runs sft first; show: one answer")
+    add("--stage", default="rl", choices=("sft", "rl", "eval", "show"), help="tiny rl runs sft first")
     add("--model", default="tiny", help="tiny (built here), or a folder: SDAR, A2D, Qwen3; paper: SDAR-8B")
     add("--data", help=".json or .jsonl: chats (sft), problems (others); else built-in arithmetic")
     add("--out", help="folder of the run: metrics, checkpoints, states; else under runs/")
@@ -1315,16 +1311,13 @@ def all_flags():
     add("--max-new-tokens", type=count, help="output tokens at which decoding stops; paper: 8192")
     add("--block-size", type=count, help="B: tokens a block, for a model that does not say; paper: 4")
     add("--no-thinking", action="store_true", help="enable_thinking=False: the prompt closes <think>")
-    add("--unmask", choices=("static", "dynamic", "sequential"), default="dynamic",
-        help="section 5.1: which tokens a decoding step commits; paper: dynamic")
+    add("--unmask", choices=("static", "dynamic", "sequential"), default="dynamic", help="see section 5.1")
     add("--tokens-per-step", type=count, default=1, help="static, sequential: a divisor of B; paper: 1")
     add("--threshold", type=number(float, 0), default=0.9, help="dynamic: commit from it on; paper: 0.9")
-    add("--confidence", choices=("top1", "drawn"), default="top1",
-        help="of a position: its top-1 probability, or the drawn token's; paper: top1")
+    add("--confidence", choices=("top1", "drawn"), default="top1", help="which token's; paper: top1")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="as sampled and as scored; paper: 1")
     add("--slots", type=count, help="sequences decoded at once")
-    add("--engine", choices=("torch", "lmdeploy"),
-        help="of rollouts; for a checkpoint on a GPU lmdeploy, else torch; paper: lmdeploy")
+    add("--engine", choices=("torch", "lmdeploy"), help="of rollouts; for checkpoints on a GPU lmdeploy")
     add("--engine-memory", type=number(float, 0.01), default=0.4, help="lmdeploy: cache, of free GPU memory")
     add("--sleep", action="store_true", help="lmdeploy: free its weights and cache while the model trains")
     add("--objective", choices=("eq6", "eq7", "eq8"), default="eq8", help="DiPO: Eq. 6, 7 or 8; paper: eq8")
@@ -1332,14 +1325,12 @@ def all_flags():
     add("--eps-high", type=number(float, 0), help="ε of C_ε above 1; else that of --eps")
     add("--beta", type=number(float, 0), default=0.0, help="β of the KL term of Eq. 6 and 7; paper: 0")
     add("--adv-std", action="store_true", help="divide the advantage by the group's standard deviation")
-    add("--importance", type=number(float, 1e-6), metavar="C",
-        help="eq7, eq8: weigh a trajectory by π_θ/π_sampler, at most C; else not")
+    add("--importance", type=number(float, 1e-6), help="C: weigh trajectories by π_θ/π_sampler, at most by C")
     add("--updates", type=count, default=1, help="optimizer updates on each batch of rollouts; paper: 1")
     add("--reward", help="module:function(answer, truth) -> number, in place of the built-in check")
     add("--eval-data", help="rl: problems for evaluation, in place of held-out ones of --data")
     add("--eval-every", type=count, help="rl: evaluate every so many steps, besides before and after")
-    add("--samples", type=number(int, 0), default=0,
-        help="evaluation: answers a problem, drawn as in rl (show: one); 0: greedy")
+    add("--samples", type=number(int, 0), default=0, help="evaluation: answers a problem; 0: one greedy")
     add("--prompt", help="show: what to ask; else the first problem of --data")
     add("--save-every", type=count, help="steps between saves of what --resume needs; authors' code: 10")
     add("--resume", action="store_true", help="continue the stage in --out from its newest saved state")
@@ -1364,12 +1355,8 @@ def is_tiny(model):
         return model == "tiny" or config.is_file() and b'"tiny": true' in config.read_bytes()
 
 
-def lmdeploy_runs():
-    return torch.cuda.is_available()
-
-
 def gpu_memory():
-    """Bytes of this rank's GPU."""
+    """Bytes of this rank's GPU, 0 without one."""
     gpu = int(os.environ.get("LOCAL_RANK", 0))
     return torch.cuda.get_device_properties(gpu).total_memory if torch.cuda.is_available() else 0
 
@@ -1569,20 +1556,6 @@ def encode(policy, c, record):
     return item if len(item[0]) <= c.max_length and policy.mask_id not in item[0] else None
 
 
-def unusable(c, source, n, of):
-    return (f"{source}: {n} of {of} records passed over: longer than --max-length {c.max_length}, with a "
-            "mask token in them, or with a message that the chat template leaves out")
-
-
-def usable(policy, c, source, records):
-    """All that can be used of some records, encoded; says how many cannot."""
-    items = [encode(policy, c, record) for record in records]
-    kept = [item for item in items if item is not None]
-    if len(kept) < len(items):
-        say(unusable(c, source, len(items) - len(kept), len(items)))
-    return kept
-
-
 class Walk:
     """Iterates over records for ever, in a new order every epoch: (number, encoded record). Each is encoded
     when its turn comes; those that cannot be used are passed over and counted. `position` counts them too, so
@@ -1602,7 +1575,18 @@ class Walk:
                 return self.position - 1, item
             self.passed_over += 1
             if self.passed_over == self.position >= n:
-                fail(f"{unusable(self.c, self.source, n, n)}; none is left", common=True)
+                fail(f"{self}; nothing is left", common=True)
+
+    def once(self):
+        """All that can be used, in the order of the file."""
+        items = [encode(self.policy, self.c, record) for record in self.records]
+        self.position, self.passed_over = len(items), sum(item is None for item in items)
+        return [item for item in items if item is not None]
+
+    def __str__(self):
+        return (f"{self.source}: {self.passed_over} of {self.position} records passed over: longer than "
+                f"--max-length {self.c.max_length}, with a mask token in them, or with a message that the "
+                "chat template leaves out")
 
 
 @functools.lru_cache(2)
@@ -1980,13 +1964,14 @@ def run_stage(c, records, reward=None, eval_records=()):
         begin(c)
     policy = load_policy(c.model, c)
     source = "--prompt" if c.prompt is not None else c.data or "the built-in task"
-    walk = Walk(policy, c, source, records)
+    walk, held_out = Walk(policy, c, source, records), Walk(policy, c, c.eval_data or source, eval_records)
     if c.stage == "sft":
         train_sft(policy, c, walk)
     else:
-        problems = usable(policy, c, c.eval_data or source, eval_records if c.stage == "rl" else records)
+        asked = held_out if c.stage == "rl" else walk
+        problems = asked.once()
         if not problems and (c.stage != "rl" or c.eval_data):
-            fail(f"{c.eval_data or source}: nothing in it can be asked", common=True)
+            fail(f"{asked}; nothing is left", common=True)
         reference = load_policy(c.model, c) if c.stage == "rl" and c.beta else None
         with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
             if c.stage == "show":
@@ -1995,8 +1980,9 @@ def run_stage(c, records, reward=None, eval_records=()):
                 evaluate(policy, engine, c, problems, reward)
             else:
                 train_rl(policy, reference, engine, c, walk, reward, problems)
-    if walk.passed_over:
-        say(unusable(c, source, walk.passed_over, walk.position))
+    for passed in (walk, held_out):
+        if passed.passed_over:
+            say(str(passed))
 
 
 def summary(c):
