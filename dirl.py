@@ -9,14 +9,8 @@
     python dirl.py --help                                                     the flags, the paper's values
 
 Contents. A reader may stop at the end of any part.
-    I    The paper: functions on plain tensors that import only torch, down to the cut line
-         Eq. 1-2, Fig. 4b   who sees whom, what one forward holds        mask_mod, layout, join
-         Eq. 2              log π_θ, the one definition of the policy    log_policy, log_probs
-         Eq. 3              noising of a block; the SFT loss             noised_document, sft_loss
-         Eq. 4-5            advantage, C_ε, the KL term                  advantage, C_eps, kl_term
-         section 3.2        what the model saw at every decoding step    trajectory_document
-         Eq. 6, 7, 8        DiPO                                         trajectory_weights, eq6, eq7, eq8
-         section 5.1        static, dynamic, sequential decoding         draw, unmask
+    I    The paper, equation by equation, down to the cut line: functions on plain tensors that import only
+         torch. Each names its equation or section; the README has a table of them
     II   DiRL at work: the policy, its sampler, LMDeploy, the SFT loop, the RL loop (Fig. 3), evaluation
     III  The workshop: flags, data and rewards, checkpoints, rows, saving and resuming, main
 
@@ -25,13 +19,12 @@ other t); P prompt length; L output length; S = P + L; V views of a document; N 
 those of them that a loss reads; G group size; τ a trajectory, |τ| its decoding steps; `threshold` the
 confidence threshold of section 5.1 (the paper's other τ); sg[·] stops the gradient: `.detach()`.
 
-Departures. Where the paper is silent or contradicts itself, this file chooses. Numbers 1 to 11 change what is
-computed; number 12 computes the same in another way.
+Departures. Where the paper is silent or contradicts itself, this file chooses. 1 to 11 change the numbers.
    1. The KL term is k3 in value, and its expected gradient is that of the printed KL(π_θ‖π_ref). Plain k3
       has the gradient of KL(π_ref‖π_θ).
    2. β KL is a mean over the tokens of the batch, while J is a mean over its groups of sums divided by |τ|.
-   3. |τ| counts decoding steps, as printed in Eq. 6-8; the authors' code takes (most steps of any block) ·
-      L / B instead. J is a mean over the groups of the batch. Eq. 6 has no 1/G, as printed.
+   3. |τ| counts decoding steps, as printed; the authors' code takes (most steps of any block) · L / B. Eq. 6
+      has no 1/G, as printed.
    4. The advantage is r - mean, as in the equations; section 3.2's words say "normalized" (--adv-std).
    5. A position's confidence is its top-1 probability, as the paper says. Engines and the authors' code take
       that of the token drawn there (--confidence drawn). Which positions are committed then depends on the
@@ -40,14 +33,15 @@ computed; number 12 computes the same in another way.
    7. [MASK] is never sampled and has probability 0 in the score. The temperature applies to both. There is no
       top-k and no top-p.
    8. The clip is symmetric, as printed; the authors' code adds 0.08 above (--eps-high 0.28).
-   9. SFT draws one t for every block, as Eq. 3 is written; the authors' code draws one for every example.
-      t is at least 1e-3, w(t) = 1/t is the ELBO's weight, and the sum is divided by the answer tokens of the
-      whole batch.
+   9. SFT draws one t for every block, as Eq. 3 is written; the authors' code one for every example. t is at
+      least 1e-3, w(t) = 1/t is the ELBO's weight, the sum is divided by the answer tokens of the batch.
   10. The tokens after the stop token in the last block belong to the trajectory: the model drew them.
   11. Groups of equal rewards are dropped under Eq. 6 and 7 too, and their KL term with them. A step that has
       fewer mixed groups than --prompts after 4 rounds of rollouts trains on those it has.
-  12. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
-      is B more tokens (a view), where Fig. 4b repeats the whole sequence.
+  12. --importance C, off by default, corrects Eq. 7 and 8 for a sampler that is not the trainer, as LMDeploy
+      in bfloat16 with other kernels is not.
+  13. One forward scores a whole trajectory: its clean copy stands once, and each state of a block on the way
+      is B more tokens (a view), where Fig. 4b repeats the whole sequence. The numbers are the same.
 """
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -93,19 +87,16 @@ def mask_mod(doc, view, block):
 
 
 def block_mask(sees, N, device, tile=128):
-    """Fig. 4b's mask for FlexAttention. The blocks of its BlockMask are not the model's: they are tiles of
-    tile x tile pairs (query, key), of which the kernel skips the empty ones and computes the full ones
-    without asking `sees`.
-
-    N: tokens of the row, a multiple of `tile`. Made for `tile` queries at a time against all keys, so that
-    its memory is tile · N and never N · N."""
+    """Fig. 4b's mask for FlexAttention; N is a multiple of tile. A BlockMask's blocks are not the model's
+    but tiles of pairs (query, key): the kernel skips empty ones, and asks `sees` in partial ones only. Made
+    for `tile` queries at a time against all keys: its memory is tile · N and never N · N."""
     kv = torch.arange(N, device=device)
     counts = [sees(0, 0, q[:, None], kv).view(tile, -1, tile).sum((0, 2)) for q in kv.split(tile)]
     visible = torch.stack(counts)                                # [N/tile, N/tile] visible pairs in each tile
     full = visible == tile * tile
     partial = (visible > 0) & ~full
 
-    def listed(tiles):            # of each row of tiles: how many are set, and all columns, those first
+    def listed(tiles):                  # of each row of tiles: how many are set, and all columns, those first
         return tiles.sum(1, dtype=torch.int32), tiles.int().argsort(dim=1, descending=True, stable=True).int()
     tiles = [x[None, None] for x in (*listed(partial), *listed(full))]
     return BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=tile, mask_mod=sees)
@@ -153,7 +144,9 @@ def join(documents, length=None):
 def log_policy(logits, temperature, mask_id):
     """Eq. 2: log π_θ(· | b_t^k, b^{<k}), [..., vocab], at least float32. The one definition of the policy,
     for sampler and scorer alike: temperature, and [MASK] (mask_id) forbidden."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:                       # a division by 1 would read and write all logits once more
+        logits = logits / temperature
     forbidden = torch.arange(logits.shape[-1], device=logits.device) == mask_id
     return logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
 
@@ -210,10 +203,21 @@ def sft_loss(logp, w_t, answer_tokens):
 # ---- Eq. 4-5: GRPO's parts -------------------------------------------------------------------------------
 
 def advantage(rewards, divide_by_std=False):
-    """Section 2.2: A_i = r_i - (1/G) Σ_j r_j, [groups, G]; section 3.2's "normalized" also divides by the
-    group's standard deviation (the population's; a group of equal rewards has A = 0)."""
-    A = rewards - rewards.mean(1, keepdim=True)
-    return A / A.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8) if divide_by_std else A
+    """Section 2.2: A_i = r_i - (1/G) Σ_j r_j, [groups, G], computed in float64; section 3.2's "normalized"
+    also divides by the group's standard deviation (the population's); then A = 0 where rewards are equal but
+    for rounding: where the deviation is below 1e-9 of the largest |r|."""
+    r = rewards.double()
+    A = r - r.mean(1, keepdim=True)
+    if divide_by_std:
+        std = A.square().mean(1, keepdim=True).sqrt()
+        A = torch.where(std > 1e-9 * r.abs().amax(1, keepdim=True), A / std, 0.0)
+    return A.to(rewards.dtype)
+
+
+def prob_ratio(log_ratio, A):
+    """Eq. 6-8: ρ = exp(log π_θ - log π_old), for C_ε. Where A ≥ 0 it stops at e^80, long after the clip has
+    taken over: at infinity the clipped gradient would be 0 · ∞, not 0. Where A < 0 nothing bounds it."""
+    return torch.where(A >= 0, log_ratio.clamp_max(80.0), log_ratio).exp()
 
 
 def C_eps(ratio, A, eps, eps_high):
@@ -222,12 +226,13 @@ def C_eps(ratio, A, eps, eps_high):
 
 
 def kl_term(logp, logp_ref):
-    """Eq. 5-7: KL[π_θ‖π_ref] of tokens from π_θ, each: π_θ/sg[π_θ] (π_ref/π_θ - 1 - log(π_ref/π_θ)).
+    """Eq. 5-7: KL[π_θ‖π_ref] of tokens from π_θ, each: π_ref/π_θ - 1 - log(π_ref/π_θ), the estimator k3, with
+    the gradient log(π_θ/π_ref) ∇ log π_θ.
 
-    The bracket is the estimator k3. The factor before it is 1, and makes the expected gradient that of
-    KL(π_θ‖π_ref)."""
-    log_ratio = logp_ref - logp
-    return (logp - logp.detach()).exp() * (log_ratio.exp() - 1 - log_ratio)
+    That is the gradient of π_θ/sg[π_θ] · k3, whose expectation is ∇ KL(π_θ‖π_ref), without its large terms
+    that cancel."""
+    log_ratio = (logp_ref - logp).detach()
+    return log_ratio.expm1() - log_ratio - log_ratio * (logp - logp.detach())
 
 
 # ---- section 3.2: a trajectory and what the model saw ----------------------------------------------------
@@ -250,7 +255,7 @@ def trajectory_document(prompt, output, steps, B, mask_id):
     Example, in brackets below: B = 2, prompt P P P, output a b c with steps 1 1 2. Blocks: P P | P a | b c.
     The document is P P P a b c, then the views P M | M M | b M, in which a, b and c are read."""
     P, S = len(prompt), len(prompt) + len(output)
-    tokens = torch.cat([prompt, output])                                                # [S]
+    tokens = torch.cat([prompt, output]).long()                                         # [S]
     step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, B)          # [K, B] (0 0 | 0 1 | 1 2)
     count = step.max(1).values                                               # [K] steps_k (0 1 2)
     before = count.cumsum(0) - count                                         # [K] views before it (0 0 1)
@@ -260,7 +265,7 @@ def trajectory_document(prompt, output, steps, B, mask_id):
     document = layout(tokens, blocks, views, B)
     p = torch.arange(P, S)                                                   # [L] positions of o (3 4 5)
     document["reads"] = S + (before[p // B] + steps - 1) * B + p % B         # [L] (7 8 11)
-    document["target"] = output
+    document["target"] = tokens[P:]
     return document
 
 
@@ -271,7 +276,7 @@ def trajectory_document(prompt, output, steps, B, mask_id):
 #   eq8     a step: its tokens      sg[π_θ]                       1/Σ_j |τ_j| of its group        none
 #
 # With one update a batch the ratios of Eq. 7 and 8 are 1 and the clip is idle: both have the gradient of
-# Σ w A log π_θ. With several, their π_old is π_θ before the first of them.
+# Σ w A log π_θ. With several updates, their π_old is π_θ before the first.
 
 def trajectory_weights(decoding_steps, objective):
     """The normaliser w of each trajectory [groups, G], from |τ| [groups, G] of the whole batch: Eq. 6's
@@ -280,12 +285,23 @@ def trajectory_weights(decoding_steps, objective):
     return 1 / (decoding_steps if objective == "eq6" else of_group) / len(decoding_steps)
 
 
+def importance_weights(logp, logp_sampler, trajectory, cap):
+    """Departure 12: min(C, Π π_θ(o | τ(1:s-1)) / π_sampler(o | τ(1:s-1))) of each token's trajectory, [R]: a
+    factor of its w, so that tokens from the sampler stand for tokens that π_θ would draw in the same order.
+
+    logp: [R] log π_θ before the update; logp_sampler: [R]; trajectory: [R] its number in the row, from 0. The
+    probabilities of committing here or there cancel in the ratio, unless what was drawn decides it."""
+    n = int(trajectory.max()) + 1 if len(trajectory) else 0
+    log_weight = logp.new_zeros(n).index_add(0, trajectory, logp - logp_sampler)                    # [n]
+    return log_weight.exp().clamp_max(cap)[trajectory]
+
+
 def eq6(logp, logp_old, A, w, eps, eps_high):
     """Eq. 6: J = Σ_i 1/|τ_i| Σ_t Σ_{o_k ∈ τ_i(t)} C_ε(π_θ(o_k | τ_i(1:t-1)) / π_old(o_k | τ_i(1:t-1)), A_i).
 
     All [R], one a committed token; logp_old: the sampler's; w: 1/|τ_i| over the number of groups. Returns J,
     a mean over the groups of the batch, and where the clip acts."""
-    ratio = (logp - logp_old).exp()
+    ratio = prob_ratio(logp - logp_old, A)
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
@@ -295,7 +311,7 @@ def eq7(logp, logp_old, A, w, eps, eps_high):
 
     As Eq. 6, line by line, but for logp_old: None for sg[π_θ], or π_θ's before the first of several updates;
     and w: 1/Σ_i |τ_i| over the number of groups."""
-    ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
+    ratio = prob_ratio(logp - (logp.detach() if logp_old is None else logp_old), A)
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
@@ -308,8 +324,8 @@ def eq8(logp, logp_old, A, w, eps, eps_high, step):
     and, for every step, whether the clip acts."""
     log_ratio = logp - (logp.detach() if logp_old is None else logp_old)
     T = int(step.max()) + 1 if len(step) else 0                                    # decoding steps in the row
-    ratio = logp.new_zeros(T).index_add(0, step, log_ratio).exp()                 # [T] of joint probabilities
     A, w = (x.new_zeros(T).index_copy(0, step, x) for x in (A, w))                                  # [T]
+    ratio = prob_ratio(logp.new_zeros(T).index_add(0, step, log_ratio), A)        # [T] of joint probabilities
     objective = C_eps(ratio, A, eps, eps_high)
     return (w * objective).sum(), objective < ratio * A
 
@@ -377,6 +393,9 @@ from tqdm import tqdm
 
 # ---- ranks, and what they say ----------------------------------------------------------------------------
 
+PATIENCE = timedelta(days=1)     # for which a rank waits for the others: a rollout or a reward may be slow
+
+
 def rank():
     return int(os.environ.get("RANK", 0))                              # torchrun's, known from the start
 
@@ -410,9 +429,10 @@ def say(text):
         sys.stdout.flush()
 
 
-def fail(message):
-    """Bad input: one line, exit code 2. Before the ranks meet all find the same error, and rank 0 says it."""
-    if dist.is_initialized() or rank() == 0:
+def fail(message, common=False):
+    """Bad input: one line, exit code 2. common: all ranks find this error, and rank 0 says it; so it is
+    before they have met."""
+    if rank() == 0 or not (common or not dist.is_initialized()):
         print(f"dirl.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)                           # or torchrun ends rank 0 before it speaks
@@ -429,15 +449,15 @@ class Policy:
     folder: str                  # the checkpoint it came from
     config: dict                 # its config.json, in SDAR's format
     end_id: int                  # ends a turn in the chat template
+    eos_ids: list                # of config.json and generation_config.json
     temperature: float
     thinking: bool = True        # False: the prompt closes the template's <think>
     added_mask: bool = False     # to the tokenizer, which had none
 
     def __post_init__(self):
         self.B, self.mask_id = self.config["block_size"], self.config["mask_token_id"]
-        eos = self.config["eos_token_id"]
-        self.eos_id = eos[0] if isinstance(eos, list) else eos         # fills the last block of an SFT answer
-        self.stop_ids = torch.tensor([self.end_id, self.eos_id])
+        self.eos_id = self.eos_ids[0]                                  # fills the last block of an SFT answer
+        self.stop_ids = torch.tensor([self.end_id, *self.eos_ids]).unique()
         self.device = self.model.device
 
     def hidden(self, ids, pos, mask, cache=None):
@@ -445,9 +465,6 @@ class Policy:
         in a dict bypasses transformers' own mask code; `cache` reaches `attention` as it is."""
         return self.model.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
                                use_cache=False, cache=cache).last_hidden_state
-
-    def logits(self, hidden):
-        return hidden @ self.model.lm_head.weight.T
 
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R].
@@ -465,10 +482,16 @@ class Policy:
         return log_probs(hidden, self.model.lm_head.weight, row["target"], self.temperature, self.mask_id)
 
     def prompt(self, messages):
-        """Token ids of the messages in the chat template, up to where the assistant speaks."""
+        """Token ids of the messages in the chat template, up to where the assistant speaks. Raises ValueError
+        for a message of which the template takes nothing: more of it would leave the text as it is."""
         options = {} if self.thinking else {"enable_thinking": False}
-        template = self.tokenizer.apply_chat_template
-        return self.ids(template(messages, tokenize=False, add_generation_prompt=True, **options))
+        render = functools.partial(self.tokenizer.apply_chat_template, tokenize=False,
+                                   add_generation_prompt=True, **options)
+        text = render(messages)
+        for i, m in enumerate(messages):
+            if render([*messages[:i], m | {"content": m["content"] + "?"}, *messages[i + 1:]]) == text:
+                raise ValueError(f"the chat template leaves out a message of role {m['role']}")
+        return self.ids(text)
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -507,19 +530,23 @@ def flex_attention():
                          recompile_limit=64)
 
 
-def shard(model):
-    """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. On CUDA
-    layers compute in bfloat16, gradients are averaged in float32. A part becomes float32, on its device, just
-    before it is cut, so that no rank ever holds the whole. model.base is the forward to the hidden states. A
-    single rank on a CPU has no process group, and FSDP's hooks would cost it a quarter of its time."""
+def shard(model, compute=None):
+    """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. Layers
+    compute in the dtype `compute` (bfloat16 on CUDA, else float32), gradients are averaged in float32. A part
+    becomes float32, on its device, just before it is cut, so that no rank ever holds the whole. model.base is
+    the forward to the hidden states. A single rank on a CPU has no process group: FSDP's hooks would cost it
+    a quarter of its time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    compute = compute or (torch.bfloat16 if device == "cuda" else torch.float32)
     if dist.is_initialized():
         n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                 # ranks of this node
         mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)     # else half an hour
         mesh = mesh["shard"] if n == world() else mesh
-        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if device == "cuda" else ())
         for layer in model.model.layers:
-            fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
+            fully_shard(layer.to(device, torch.float32), mesh=mesh,
+                        mp_policy=MixedPrecisionPolicy(compute, torch.float32))
         # the rest stays whole after the forward, since lm_head is read then
         fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
     model = model.to(device, torch.float32)
@@ -561,22 +588,28 @@ def generator(*key):
 
 @dataclass
 class Trajectory:
-    """Section 3.2's τ. The output is whole blocks, with what follows the stop token."""
-    prompt: torch.Tensor         # [P] token ids
-    output: torch.Tensor         # [L] token ids, P + L a multiple of B
-    steps: torch.Tensor          # [L] step map: the decoding step within its block, from 1
+    """Section 3.2's τ, in small integers, since ranks send it to each other."""
+    prompt: torch.Tensor         # [P] int32 token ids
+    output: torch.Tensor         # [L] int32 whole blocks, with what follows the stop token: P + L = K · B
+    steps: torch.Tensor          # [L] int16 step map: the decoding step within its block, from 1
     logp: torch.Tensor           # [L] the sampler's log π(o | τ(1:s-1)) when the token was committed
-    answer: torch.Tensor         # what is rewarded: before the first stop token, else max_new_tokens of it
+    length: int                  # of the answer
     stopped: bool                # by a stop token
     decoding_steps: int          # |τ|, of all its blocks
+
+    @property
+    def answer(self):
+        """What is rewarded: the tokens before the first stop token, else max_new_tokens of them."""
+        return self.output[:self.length]
 
 
 def finish(prompt, output, steps, logp, policy, c):
     """The Trajectory of an output of whole blocks."""
     stops = torch.isin(output[:c.max_new_tokens], policy.stop_ids).nonzero()[:, 0].tolist()
-    answer = output[:stops[0] if stops else c.max_new_tokens]
+    length = stops[0] if stops else min(len(output), c.max_new_tokens)
     step = torch.cat([torch.zeros_like(prompt), steps]).view(-1, policy.B)              # [K, B]
-    return Trajectory(prompt, output, steps, logp, answer.clone(), bool(stops), int(step.amax(1).sum()))
+    return Trajectory(prompt.int(), output.int(), steps.short(), logp, length, bool(stops),
+                      int(step.amax(1).sum()))
 
 
 def denoise(logits, masked, u, policy, c):
@@ -635,7 +668,7 @@ def decode(policy, prompts, keys, c, greedy=False):
             masked = tokens[live, a:b] == policy.mask_id                                # [m, B]
             if not masked.any():
                 break
-            logits = policy.logits(forward(a, b))                                       # [m, B, vocab]
+            logits = forward(a, b) @ policy.model.lm_head.weight.T                      # [m, B, vocab]
             cache.crop(-B)                               # these keys and values are not the clean block's
             u_step = None if greedy else u[live, k - K, :, s - 1]                       # [m, B]
             token, new, drawn = denoise(logits, masked, u_step, policy, c)              # [m, B]
@@ -882,7 +915,14 @@ WARMUP = 10                      # steps in which the learning rate rises (the a
 
 
 def make_optimizer(policy, c):
-    return torch.optim.AdamW(policy.model.parameters(), c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    """AdamW, its moments made here: torch would make them in the first step, or, with a step that counts,
+    when a state is saved or loaded before it."""
+    weights = list(policy.model.parameters())
+    optimizer = torch.optim.AdamW(weights, c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for w in weights:
+        step = torch.zeros((), device=w.device)
+        optimizer.state[w] = {"step": step, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+    return optimizer
 
 
 def learning_rate(c, step):
@@ -910,17 +950,17 @@ def optimizer_step(policy, optimizer, c, step):
 # ---- the SFT loop ----------------------------------------------------------------------------------------
 
 def train_sft(policy, c, examples):
-    """Eq. 3 on examples, each (tokens [S], P)."""
+    """Eq. 3 on a Walk through examples, each (tokens [S], P)."""
     optimizer = make_optimizer(policy, c)
-    done, _ = resume(policy, optimizer, c)
+    done = resume(policy, optimizer, c, examples)
     bar = tqdm(total=c.steps, desc="sft", initial=done, disable=rank() > 0)
     for step in range(done + 1, c.steps + 1):
         start = time.perf_counter()
 
         # noise the step's examples, each block of an answer at a t of its own
         documents, answer_tokens = [], 0
-        for i in range((step - 1) * c.batch, step * c.batch):
-            tokens, P = nth(examples, i, c.seed, "sft")
+        for _ in range(c.batch):
+            i, (tokens, P) = next(examples)
             g, blocks = generator(c.seed, "sft", step, i, 0), len(tokens) // policy.B - P // policy.B
             u, z = torch.rand(blocks, generator=g), torch.rand(blocks, policy.B, generator=g)
             documents.append(noised_document(tokens, P, u, z, policy.B, policy.mask_id))
@@ -938,11 +978,12 @@ def train_sft(policy, c, examples):
         loss = all_sum(total).item()
         write_lines(c, "sft.metrics.jsonl", [{
             "step": step, "loss": loss, "lr": learning_rate(c, step), "grad_norm": norm,
-            "forward_tokens": sum(lengths), "seconds": time.perf_counter() - start}])
+            "forward_tokens": sum(lengths), "passed_over": examples.passed_over,
+            "seconds": time.perf_counter() - start}])
         bar.set_postfix(loss=f"{loss:.3f}")
         bar.update()
         if step % c.save_every == 0 or step == c.steps:
-            save(policy, optimizer, c, step)
+            save(policy, optimizer, c, step, examples)
 
 
 # ---- the RL loop, its phases numbered as in Fig. 3 -------------------------------------------------------
@@ -965,11 +1006,11 @@ class Group(NamedTuple):
 
 
 def train_rl(policy, reference, engine, c, problems, reward, held_out):
-    """DiPO on problems, evaluated on those held out before, on the way and after."""
+    """DiPO on a Walk through problems, evaluated on those held out before, on the way and after."""
     optimizer = make_optimizer(policy, c)
     if c.resume and c.sleep:
         engine.sleep()                                                 # loading allocates gradients as well
-    done, position = resume(policy, optimizer, c)
+    done = resume(policy, optimizer, c, problems)
     if c.resume:
         engine.update_weights()                                        # it was built before they were resumed
     if held_out and not done:
@@ -982,11 +1023,9 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
         # are mixed, that is, until their rewards differ (DAPO's dynamic sampling)
         mixed, every = [], []
         for _ in range(MAX_ROUNDS):
-            fetched = range(position, position + c.prompts - len(mixed))
-            position = fetched.stop
-            asked = {i: nth(problems, i, c.seed, "rl") for i in fetched}
-            every += roll_out(policy, engine, c, asked, c.group_size, ("rl", step), reward).values()
-            mixed = [group for group in every if len(set(group.rewards)) > 1]
+            fetched = dict(next(problems) for _ in range(c.prompts - len(mixed)))
+            every += roll_out(policy, engine, c, fetched, c.group_size, ("rl", step), reward).values()
+            mixed = [group for group in every if is_mixed(group.rewards)]
             if len(mixed) == c.prompts:
                 break
         if c.sleep:
@@ -1002,8 +1041,9 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
         end = time.perf_counter()
 
         line = {"step": step, **rollout_metrics(mixed, every), **trained, "lr": learning_rate(c, step),
-                "seconds": end - start, "seconds_rollout": rolled - start,
-                "seconds_training": moved - rolled, "seconds_weights": end - moved}
+                "passed_over": problems.passed_over, "seconds": end - start,
+                "seconds_rollout": rolled - start, "seconds_training": moved - rolled,
+                "seconds_weights": end - moved}
         bar.set_postfix(reward=f"{line['reward']:.3f}")
         bar.update()
         if held_out and (step == c.steps or c.eval_every and step % c.eval_every == 0):
@@ -1014,26 +1054,31 @@ def train_rl(policy, reference, engine, c, problems, reward, held_out):
             fail(f"step {step}: log π of the {c.engine} engine and of the trainer differ by {gap:.3g} on "
                  f"average, above MAX_LOGP_GAP = {MAX_LOGP_GAP}: their weights, masks or temperatures differ")
         if step % c.save_every == 0 or step == c.steps:
-            save(policy, optimizer, c, step, position)
+            save(policy, optimizer, c, step, problems)
 
 
 def roll_out(policy, engine, c, problems, samples, key, reward, greedy=False):
     """(3), (4): so many samples of each problem, {index: Problem}, made and rewarded by all ranks together.
 
-    Returns {index: Group} of all of them on every rank. A reward that is not a finite number ends the run: a
-    group without it would be another group."""
+    Returns {index: Group} of all of them on every rank. A reward that is not a finite number, in float32,
+    ends the run: a group without it would be another group."""
     mine = [(i, g) for i in problems for g in range(samples)][rank()::world()]
     keys, made = [(c.seed, *key, i, g) for i, g in mine], []
     for (i, g), t in zip(mine, engine.generate([problems[i].prompt for i, _ in mine], keys, greedy)):
         answer = policy.tokenizer.decode(t.answer)
         value = float(reward(answer, problems[i].truth))
-        if not math.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             fail(f"--reward: {value} for the answer {answer[-200:]!r} to {problems[i].question[:200]!r}")
         made.append((i, g, t, answer, value))
     groups = {i: [] for i in problems}
     for i, _, *sample in sorted(gather(made), key=lambda x: x[:2]):
         groups[i].append(sample)
     return {i: Group(*zip(*found)) for i, found in groups.items()}
+
+
+def is_mixed(rewards):
+    """Whether rewards differ by more than rounding."""
+    return max(rewards) - min(rewards) > 1e-9 * max(map(abs, rewards))
 
 
 def rollout_metrics(mixed, every):
@@ -1043,7 +1088,7 @@ def rollout_metrics(mixed, every):
     distinct = sum(len({tuple(t.answer.tolist()) for t in group.trajectories}) for group in every)
     return {"reward": sum(sum(group.rewards) for group in every) / n,
             "tokens_per_step": sum(len(t.output) for t in trajectories) / decoding_steps,
-            "output_length": sum(len(t.answer) for t in trajectories) / n,
+            "output_length": sum(t.length for t in trajectories) / n,
             "truncated": sum(not t.stopped for t in trajectories) / n,
             "groups_dropped": len(every) - len(mixed), "duplicates": 1 - distinct / n}
 
@@ -1052,7 +1097,8 @@ def dipo_rows(policy, c, groups):
     """Mixed groups → (this rank's rows with the columns of Eq. 6-8, forward tokens of all ranks).
 
     Weights and advantages come from the whole batch here, before anything is dealt or cut."""
-    A = advantage(torch.tensor([group.rewards for group in groups]), c.adv_std)         # [groups, G]
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    A = advantage(rewards, c.adv_std).float()                                           # [groups, G]
     decoding_steps = torch.tensor([[t.decoding_steps for t in group.trajectories] for group in groups])
     w = trajectory_weights(decoding_steps, c.objective)                                 # [groups, G]
     trajectories, A, w = [t for group in groups for t in group.trajectories], A.flatten(), w.flatten()
@@ -1073,9 +1119,15 @@ def train_on(policy, reference, optimizer, c, mixed, step):
     rows, metrics["forward_tokens"] = dipo_rows(policy, c, mixed)
     tokens = sum(len(t.output) for group in mixed for t in group.trajectories)
     for row in rows:
-        with torch.no_grad():          # π_old of Eq. 7, 8: None for sg[π_θ], or π_θ before several updates
-            row["logp_old"] = policy.score(row)[0] if c.objective != "eq6" and c.updates > 1 else None
+        with torch.no_grad():          # π_old of Eq. 7, 8: None for sg[π_θ], or π_θ before the first update
+            old = c.objective != "eq6" and (c.updates > 1 or c.importance)
+            row["logp_old"] = policy.score(row)[0] if old else None
             row["logp_ref"] = reference.score(row)[0] if reference else None
+    if reference and isinstance(reference.model, FSDPModule):
+        reference.model.reshard()                                      # as a backward would
+    if c.importance:
+        rows, found = weigh(rows, c.importance)
+        metrics |= found
     for update in range(c.updates):
         sums = torch.zeros(6, device=policy.device)
         for row in rows:
@@ -1101,6 +1153,21 @@ def train_on(policy, reference, optimizer, c, mixed, step):
     return metrics
 
 
+def weigh(rows, cap):
+    """--importance: (rows with w times their trajectories' importance weights, metrics of those of all ranks:
+    the mean, the share at the cap, and the effective share of the sample, (Σ W)² / (n Σ W²))."""
+    sums, weighted = torch.zeros(4, device=rows[0]["w"].device), []
+    for row in rows:
+        trajectory = row["doc"][row["reads"]]                                           # [R] ascending
+        weights = importance_weights(row["logp_old"], row["logp_sampler"], trajectory, cap)         # [R]
+        weighted.append(row | {"w": row["w"] * weights})
+        W = weights[trajectory.diff(prepend=trajectory[:1] - 1) > 0]           # one for each trajectory
+        sums += torch.stack([torch.ones_like(W), W, W.square(), (W >= cap).float()]).sum(1)
+    n, total, squares, capped = all_sum(sums).tolist()
+    return weighted, {"importance": total / n, "importance_capped": capped / n,
+                      "importance_ess": total**2 / (n * squares)}
+
+
 # ---- evaluation ------------------------------------------------------------------------------------------
 
 def evaluate(policy, engine, c, problems, reward, step=None):
@@ -1111,7 +1178,7 @@ def evaluate(policy, engine, c, problems, reward, step=None):
     lines = [{
         "step": step, "problem": i, "sample": g, "question": problems[i].question,
         "truth": problems[i].truth, "answer": answer, "reward": value, "truncated": not t.stopped,
-        "length": len(t.answer), "tokens": len(t.output), "decoding_steps": t.decoding_steps}
+        "length": t.length, "tokens": len(t.output), "decoding_steps": t.decoding_steps}
         for i, group in groups.items() for g, (t, answer, value) in enumerate(zip(*group))]
     write_lines(c, "eval.jsonl" if step is None else "rl.eval.jsonl", lines)
     columns = table_1(lines)
@@ -1193,15 +1260,19 @@ def parse_flags(argv=None):
         defaults |= PRESETS["paper"] | PRESETS.get(f"real {known.stage}", {})
     if known.model == "tiny":
         defaults["block_size"] = 4
-    if kind == "real" and lmdeploy_runs():
-        defaults["engine"] = "lmdeploy"
+    defaults["engine"] = known.engine or ("lmdeploy" if kind == "real" and gpu_memory() else "torch")
+    if known.recipe and known.stage == "rl" and defaults["engine"] == "lmdeploy" and gpu_memory() < 100e9:
+        defaults |= {"sleep": True, "engine_memory": 0.7}              # an 8B trained beside it fills 80 GB
     parser.set_defaults(**defaults)
     parser.add_argument("--help", action="help", help="this text; defaults are those under the flags given")
     c = parser.parse_args(argv)
     c.eps_high = c.eps if c.eps_high is None else c.eps_high
     if c.beta > 0 and c.objective == "eq8":
         fail("--beta above 0 with --objective eq8: Eq. 8 has no KL term; take eq6 or eq7, or drop --beta")
-    if c.engine == "lmdeploy" and c.stage != "sft" and not lmdeploy_runs():
+    if c.importance and (c.objective == "eq6" or c.confidence == "drawn"):
+        fail("--importance: it is for --objective eq7 or eq8 (Eq. 6 has the sampler in its ratio) with "
+             "--confidence top1 (else the draw decides what is committed)")
+    if c.engine == "lmdeploy" and c.stage != "sft" and not gpu_memory():
         fail("--engine lmdeploy: it needs a CUDA GPU and there is none; --engine torch runs anywhere")
     if c.sleep and c.engine != "lmdeploy":
         fail("--sleep: it is for --engine lmdeploy")
@@ -1224,9 +1295,8 @@ def all_flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     add, count = parser.add_argument, number(int, 1)
-    add("--stage", default="rl", choices=("sft", "rl", "eval", "show"),
-        help="rl, for the tiny model, runs sft first; show: one answer")
-    add("--model", default="tiny", help="tiny (built here), or a folder: SDAR, A2D, Qwen3; paper: SDAR-8B-Chat")
+    add("--stage", default="rl", choices=("sft", "rl", "eval", "show"), help="tiny rl runs sft first")
+    add("--model", default="tiny", help="tiny (built here), or a folder: SDAR, A2D, Qwen3; paper: SDAR-8B")
     add("--data", help=".json or .jsonl: chats (sft), problems (others); else built-in arithmetic")
     add("--out", help="folder of the run: metrics, checkpoints, states; else under runs/")
     add("--recipe", choices=("paper",), help="paper: its values for the flags not given")
@@ -1241,16 +1311,13 @@ def all_flags():
     add("--max-new-tokens", type=count, help="output tokens at which decoding stops; paper: 8192")
     add("--block-size", type=count, help="B: tokens a block, for a model that does not say; paper: 4")
     add("--no-thinking", action="store_true", help="enable_thinking=False: the prompt closes <think>")
-    add("--unmask", choices=("static", "dynamic", "sequential"), default="dynamic",
-        help="section 5.1: which tokens a decoding step commits; paper: dynamic")
+    add("--unmask", choices=("static", "dynamic", "sequential"), default="dynamic", help="see section 5.1")
     add("--tokens-per-step", type=count, default=1, help="static, sequential: a divisor of B; paper: 1")
     add("--threshold", type=number(float, 0), default=0.9, help="dynamic: commit from it on; paper: 0.9")
-    add("--confidence", choices=("top1", "drawn"), default="top1",
-        help="of a position: its top-1 probability, or the drawn token's; paper: top1")
+    add("--confidence", choices=("top1", "drawn"), default="top1", help="which token's; paper: top1")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="as sampled and as scored; paper: 1")
     add("--slots", type=count, help="sequences decoded at once")
-    add("--engine", choices=("torch", "lmdeploy"), default="torch",
-        help="of rollouts; the default for a checkpoint on a GPU is lmdeploy; paper: lmdeploy")
+    add("--engine", choices=("torch", "lmdeploy"), help="of rollouts; for checkpoints on a GPU lmdeploy")
     add("--engine-memory", type=number(float, 0.01), default=0.4, help="lmdeploy: cache, of free GPU memory")
     add("--sleep", action="store_true", help="lmdeploy: free its weights and cache while the model trains")
     add("--objective", choices=("eq6", "eq7", "eq8"), default="eq8", help="DiPO: Eq. 6, 7 or 8; paper: eq8")
@@ -1258,12 +1325,12 @@ def all_flags():
     add("--eps-high", type=number(float, 0), help="ε of C_ε above 1; else that of --eps")
     add("--beta", type=number(float, 0), default=0.0, help="β of the KL term of Eq. 6 and 7; paper: 0")
     add("--adv-std", action="store_true", help="divide the advantage by the group's standard deviation")
+    add("--importance", type=number(float, 1e-6), help="C: weigh trajectories by π_θ/π_sampler, at most by C")
     add("--updates", type=count, default=1, help="optimizer updates on each batch of rollouts; paper: 1")
     add("--reward", help="module:function(answer, truth) -> number, in place of the built-in check")
     add("--eval-data", help="rl: problems for evaluation, in place of held-out ones of --data")
     add("--eval-every", type=count, help="rl: evaluate every so many steps, besides before and after")
-    add("--samples", type=number(int, 0), default=0,
-        help="evaluation: answers a problem, drawn as in rl (show: one); 0: greedy")
+    add("--samples", type=number(int, 0), default=0, help="evaluation: answers a problem; 0: one greedy")
     add("--prompt", help="show: what to ask; else the first problem of --data")
     add("--save-every", type=count, help="steps between saves of what --resume needs; authors' code: 10")
     add("--resume", action="store_true", help="continue the stage in --out from its newest saved state")
@@ -1288,8 +1355,10 @@ def is_tiny(model):
         return model == "tiny" or config.is_file() and b'"tiny": true' in config.read_bytes()
 
 
-def lmdeploy_runs():
-    return torch.cuda.is_available()
+def gpu_memory():
+    """Bytes of this rank's GPU, 0 without one."""
+    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.cuda.get_device_properties(gpu).total_memory if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -1315,16 +1384,31 @@ NEEDS = {"sft": 'needs "messages": [{"role", "content"}, ...], the last an assis
 
 
 def read_data(c):
-    """(records of the stage, those of --eval-data) from files, --prompt or the built-in task."""
+    """(records of the stage, those that rl evaluates on) from files, --prompt or the built-in task."""
     if c.stage == "show" and c.prompt is not None:
         with in_one_line("--prompt"):
             c.prompt.encode()                                          # a lone surrogate is no text
-        return [(c.prompt, "")], None
-    if c.data:
-        eval_records = c.eval_data and read_records(c.eval_data, "--eval-data", "rl")
-        return read_records(c.data, "--data", "sft" if c.stage == "sft" else "rl"), eval_records
-    held_out = built_in("held out", c.seed) if c.stage != "sft" else None
-    return (held_out, None) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
+        return [(c.prompt, "")], []
+    if not c.data:
+        held_out = built_in("held out", c.seed) if c.stage != "sft" else []
+        return (held_out, []) if c.stage in ("eval", "show") else (built_in(c.stage, c.seed), held_out)
+    eval_records = read_records(c.eval_data, "--eval-data", "rl") if c.eval_data else []
+    records = read_records(c.data, "--data", "sft" if c.stage == "sft" else "rl")
+    return split(records, eval_records) if c.stage == "rl" else (records, [])
+
+
+def split(records, held_out):
+    """(records to train on, records held out): those given, else those of the questions with the smallest
+    hashes, a tenth of all distinct ones. No question that is held out is trained on, in any copy of it."""
+    def question(record):
+        return " ".join(record[0].split())
+    if not held_out:
+        distinct = {question(record): record for record in reversed(records)}
+        smallest = sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())
+        held_out = [distinct[text] for text in smallest[:min(HELD_OUT, len(distinct) // 10)]]
+    asked = set(map(question, held_out))
+    kept = [record for record in records if question(record) not in asked]
+    return kept or fail("--data: all its questions are in --eval-data too"), held_out
 
 
 def read_records(path, name, stage):
@@ -1338,7 +1422,7 @@ def read_records(path, name, stage):
         try:
             record = json.loads(record) if path.endswith(".jsonl") else record
             good.append(read_chat(record) if stage == "sft" else read_problem(record))
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError):
             bad.append(n)
     found = f"{name} {path}: {len(bad)} of {len(records)} records are bad, the first is number {[*bad, 0][0]}"
     if len(good) <= len(bad):
@@ -1349,20 +1433,33 @@ def read_records(path, name, stage):
 
 
 def read_problem(record):
-    """(question, truth) of a record of RL; the field names are DiRL's, GSM8K's, MATH's or Big-Math's."""
-    question = record.get("question", record.get("problem"))
+    """(question, truth) of a record of RL; the field names are DiRL's, GSM8K's, MATH's or Big-Math's. Of each
+    the first that says something counts: a text or, for the truth, a finite number."""
+    questions = record.get("question"), record.get("problem")
+    question = next(x for x in questions if isinstance(x, str) and x.strip())
     question.encode()                                                  # a lone surrogate is no text
     answers = record.get("ground_truth_answer"), record.get("answer"), last_boxed(str(record.get("solution")))
-    texts = [str(x).rsplit("####", 1)[-1].strip() for x in answers if isinstance(x, (str, int, float))]
-    return question, next(text for text in texts if text)
+    answers = [x for x in answers if isinstance(x, str) or isinstance(x, (int, float)) and math.isfinite(x)]
+    truths = (str(x).rsplit("####", 1)[-1].strip() for x in answers)
+    return question, next(truth for truth in truths if truth)
 
 
 def read_chat(record):
-    """The messages of a record of SFT, cut after the last assistant's: that is the answer."""
-    messages = [{"role": str(m["role"]), "content": m["content"]} for m in record["messages"]]
-    last = max(i for i, m in enumerate(messages) if i and m["role"] == "assistant")
-    "".join(m["content"] for m in messages).encode()                   # a lone surrogate is no text
-    return messages[:last + 1]
+    """The messages of a record of SFT, cut after the last assistant's: that is the answer. Only role and
+    content are handed on, so text under other keys (tool calls, thoughts) makes it a bad record."""
+    def text_in(value):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return bool(value.strip()) if isinstance(value, str) else any(map(text_in, inside))
+    last = max(i for i, m in enumerate(record["messages"]) if i and m["role"] == "assistant")
+    messages = []
+    for m in record["messages"][:last + 1]:
+        messages.append({"role": str(m["role"]), "content": m["content"]})
+        m["content"].encode()                                          # a lone surrogate is no text
+        if text_in([value for key, value in m.items() if key not in ("role", "content")]):
+            raise ValueError("text that would get lost")
+    if not messages[-1]["content"].strip():
+        raise ValueError("an empty answer")
+    return messages
 
 
 def arithmetic(key, held_out=False):
@@ -1443,41 +1540,56 @@ def load_reward(c):
         fail(f"--reward {c.reward}: expected module:function ({error})")
 
 
-def usable(policy, c, path, encoded):
-    """Of (token ids, ...), those that are short enough and free of [MASK]; says how many are not."""
-    kept = [x for x in encoded if len(x[0]) <= c.max_length and policy.mask_id not in x[0]]
-    path = path or "the built-in task"
-    if len(kept) < len(encoded):
-        say(f"{path}: skipped {len(encoded) - len(kept)} of {len(encoded)}: longer than --max-length "
-            f"{c.max_length}, or with a mask token in them")
-    return kept or fail(f"{path}: nothing in it is within --max-length {c.max_length} tokens")
+def encode(policy, c, record):
+    """A record as the stage wants it, (tokens [S], P) of a chat or a Problem, asked as the paper asks; None
+    if it cannot be used: too long, with a [MASK] in it, or with a message that the template leaves out."""
+    from jinja2 import TemplateError
+    try:
+        if c.stage == "sft":
+            item = policy.example(record)
+        else:
+            question, truth = record
+            asked = [{"role": "user", "content": question + (INSTRUCTION if c.data else "")}]
+            item = Problem(policy.prompt(asked), truth, question)
+    except (ValueError, TemplateError):
+        return None
+    return item if len(item[0]) <= c.max_length and policy.mask_id not in item[0] else None
 
 
-def encode_problems(policy, c, path, records):
-    """(question, truth) → Problems, those of a file asked as the paper asks."""
-    instruction = INSTRUCTION if c.data else ""
-    return usable(policy, c, path, [
-        Problem(policy.prompt([{"role": "user", "content": question + instruction}]), truth, question)
-        for question, truth in records])
+class Walk:
+    """Iterates over records for ever, in a new order every epoch: (number, encoded record). Each is encoded
+    when its turn comes; those that cannot be used are passed over and counted. `position` counts them too, so
+    the walk is the same on any number of ranks, and goes on anywhere."""
+
+    def __init__(self, policy, c, source, records):
+        self.policy, self.c, self.source, self.records = policy, c, source, records
+        self.position = self.passed_over = 0
+
+    def __next__(self):
+        n = len(self.records)
+        while True:
+            epoch, i = divmod(self.position, n)
+            item = encode(self.policy, self.c, self.records[order(n, self.c.seed, self.c.stage, epoch)[i]])
+            self.position += 1
+            if item is not None:
+                return self.position - 1, item
+            self.passed_over += 1
+            if self.passed_over == self.position >= n:
+                fail(f"{self}; nothing is left", common=True)
+
+    def once(self):
+        """All that can be used, in the order of the file."""
+        items = [encode(self.policy, self.c, record) for record in self.records]
+        self.position, self.passed_over = len(items), sum(item is None for item in items)
+        return [item for item in items if item is not None]
+
+    def __str__(self):
+        return (f"{self.source}: {self.passed_over} of {self.position} records passed over: longer than "
+                f"--max-length {self.c.max_length}, with a mask token in them, or with a message that the "
+                "chat template leaves out")
 
 
-def split_problems(policy, c, records, eval_records):
-    """(problems of the stage, those that rl evaluates on); without --eval-data rl splits its own."""
-    problems = encode_problems(policy, c, "--prompt" if c.prompt is not None else c.data, records)
-    if c.stage != "rl" or eval_records:
-        return problems, eval_records and encode_problems(policy, c, c.eval_data, eval_records)
-    n = min(HELD_OUT, len(problems) // 10)
-    problems = [nth(problems, i, c.seed, "split") for i in range(len(problems))]
-    return problems[n:], problems[:n]
-
-
-def nth(items, n, *key):
-    """The n-th item of an endless walk through a list, in a new order every epoch."""
-    epoch, i = divmod(n, len(items))
-    return items[order(len(items), *key, epoch)[i]]
-
-
-@functools.cache
+@functools.lru_cache(2)
 def order(n, *key):
     """A random order of n items."""
     return torch.randperm(n, generator=generator(*key)).tolist()
@@ -1500,16 +1612,19 @@ def read_config(folder, c):
         config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: x for name, x in rope.items() if name != "rope_theta"}
+        scaling = config.get("rope_scaling") or {}
+        scaling = scaling.get("rope_type", scaling.get("type", "default"))
+        if scaling not in ("default", "linear", "yarn", "llama3"):     # dynamic, longrope: sampler and scorer
+            raise ValueError(f"rope_type {scaling!r}, which depends on the length seen")        # would differ
         config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype") or "bfloat16"
         if not isinstance(getattr(torch, config["torch_dtype"]), torch.dtype):
             raise ValueError(f"torch_dtype {config['torch_dtype']!r}, which torch does not know")
         if kind == "a2d-qwen3" and not (config.get("block_size") or c.block_size):
             raise ValueError("it has no block_size: give --block-size (4 for OPDLM's, 32 for dllm's)")
         config["block_size"] = int(config.get("block_size") or c.block_size or 4)
-        eos, mask = config["eos_token_id"], config.get("mask_token_id")
-        ids = [*(eos if isinstance(eos, list) else [eos]), 0 if mask is None else mask]
-        if not all(type(x) is int and 0 <= x < config["vocab_size"] for x in ids):
-            raise ValueError(f"eos_token_id {eos!r}, mask_token_id {mask!r}: ids below vocab_size are needed")
+        eos, mask = eos_ids(folder, config), config.get("mask_token_id")
+        if not eos or not all(type(x) is int and 0 <= x < config["vocab_size"] for x in [*eos, mask or 0]):
+            raise ValueError(f"eos_token_id {eos}, mask_token_id {mask!r}: ids below vocab_size are needed")
         qwen3_config(config)                                           # transformers checks the other fields
     if c.block_size not in (None, config["block_size"]):
         fail(f"--block-size {c.block_size}: the block size of {folder} is {config['block_size']}")
@@ -1519,6 +1634,13 @@ def read_config(folder, c):
     if kind != "sdar" or not all(os.path.exists(os.path.join(folder, name + ".py")) for name in code):
         config.pop("auto_map", None)
     return config | {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
+
+
+def eos_ids(folder, config):
+    """The end tokens of config.json, then those of generation_config.json: decoding stops at all."""
+    path = os.path.join(folder, "generation_config.json")
+    found = [config["eos_token_id"], read_json(path).get("eos_token_id", []) if os.path.exists(path) else []]
+    return [x for ids in found for x in (ids if isinstance(ids, list) else [ids])]
 
 
 def qwen3_config(config):
@@ -1546,6 +1668,9 @@ def load_tokenizer(folder, config):
         tokenizer.add_special_tokens({"mask_token": "<|MASK|>"})
     if config.get("mask_token_id") is None:
         config["mask_token_id"] = tokenizer.mask_token_id
+    if tokenizer.mask_token_id not in (None, config["mask_token_id"]):
+        raise ValueError(f"its mask_token_id is {config['mask_token_id']}, its tokenizer's mask token "
+                         f"{tokenizer.mask_token} has id {tokenizer.mask_token_id}")
     largest = max(config["mask_token_id"], *tokenizer.get_vocab().values())
     if largest >= config["vocab_size"]:
         raise ValueError(f"token id {largest}: the embedding has room for {config['vocab_size']}")
@@ -1569,6 +1694,8 @@ def load_policy(folder, c):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:
                 raise ValueError(f"{what.replace('_', ' ')} in its weights: {min(map(str, info[what]))}")
+    config.pop("quantization_config", None)                            # what is loaded is quantised no more
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
     chosen = [f"{x} {config[x]}" for x in ("mask_token_id", "block_size") if before.get(x) is None]
     if chosen:
         say(f"{folder}: its config.json does not say, so chosen here: {', '.join(chosen)}")
@@ -1577,8 +1704,8 @@ def load_policy(folder, c):
     if model.num_parameters() > 1e8:                                   # memory for time, where memory counts
         model.activation_checkpointing_enable({"use_reentrant": False})
     temperature = 1.0 if c.stage == "sft" else c.temperature           # Eq. 3 is about p_θ itself
-    return Policy(shard(model).train(), tokenizer, folder, config, end_id, temperature, not c.no_thinking,
-                  add_mask)
+    return Policy(shard(model).train(), tokenizer, folder, config, end_id, eos_ids(folder, config),
+                  temperature, not c.no_thinking, add_mask)
 
 
 def save_policy(policy, folder):
@@ -1598,10 +1725,19 @@ def save_policy(policy, folder):
                 shutil.copyfile(file.path, os.path.join(aside, file.name))
         write_json(os.path.join(aside, "config.json"), policy.config)
         if policy.added_mask:
-            policy.tokenizer.save_pretrained(aside)
+            save_tokenizer(policy.tokenizer, aside)
         save_torch_state_dict(state, aside)
         for file in os.scandir(aside):                         # safetensors are written for the owner only
             shutil.copymode(os.path.join(aside, "config.json"), file.path)
+
+
+def save_tokenizer(tokenizer, folder):
+    """As transformers 4 reads it too, which knows no list of extra_special_tokens and not the class."""
+    tokenizer.save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])
+    write_json(path, config)
 
 
 def read_json(path):
@@ -1629,7 +1765,7 @@ def build_tiny(folder, B, seed):
         additional_special_tokens=special[1:2] + special[3:])
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     eos, mask = tokenizer.convert_tokens_to_ids([special[0], special[2]])
     config = dict(
         architectures=["SDARForCausalLM"], model_type="sdar", vocab_size=len(tokenizer), hidden_size=128,
@@ -1666,9 +1802,11 @@ def make_rows(policy, lengths, document, c):
 
 def deal(lengths, max_tokens):
     """Documents of these lengths → (this rank's rows, lists of document indices; capacity: most tokens of a
-    packed row). A small batch makes shorter rows, lest ranks be idle; the last row may be empty."""
-    share = -(-sum(lengths) // world())
-    capacity = min(max_tokens, row_length(max(share, *lengths)))
+    packed row). A small batch makes shorter rows, of a power of two or three quarters of one, lest ranks be
+    idle; the last row may be empty."""
+    share = max(-(-sum(lengths) // world()), *lengths, 512)
+    power = 1 << (share - 1).bit_length()
+    capacity = min(max_tokens, power * 3 // 4 if share <= power * 3 // 4 else power)
     rows = pack(lengths, capacity)
     mine = rows[rank()::world()]
     return mine + [[]] * (-(-len(rows) // world()) - len(mine)), capacity
@@ -1688,20 +1826,17 @@ def pack(lengths, capacity):
     return rows
 
 
-def row_length(n, capacity=0):
+def row_length(n, capacity):
     """Length on CUDA of a row with n tokens. Few lengths in all, since FlexAttention is compiled for each:
-    the capacity for packed rows; a power of two or three quarters of one for a longer document."""
-    if n <= capacity:
-        return -(-capacity // 128) * 128
-    length = max(512, 1 << (n - 1).bit_length())
-    return length * 3 // 4 if n <= length * 3 // 4 else length
+    the capacity for packed rows, a multiple of 4,096 for a longer document."""
+    return -(-capacity // 128) * 128 if n <= capacity else -(-n // 4096) * 4096
 
 
 # ---- saving and resuming ---------------------------------------------------------------------------------
 # OUT/STAGE is the newest checkpoint, OUT/STAGE.metrics.jsonl one line a step. OUT/STAGE.state/N holds what
-# --resume needs after step N: weights, moments, and how far the walk through the data has come. A resumed
-# stage begins at the newest state; lines of later steps are cut from its files, and then everything is done
-# again as it was, because every draw has a generator of its own, whose key says its step.
+# --resume needs after step N: weights, moments, and how far the Walk through the data has come. A resumed
+# stage begins at the newest state; lines of later steps are cut from its files (`begin`), and then everything
+# is done again as it was, because every draw has a generator of its own, whose key says its step.
 
 def write_lines(c, name, lines):
     """Append lines to OUT/name, one JSON object each; a number that is not finite is null."""
@@ -1738,7 +1873,7 @@ def saved_states(c):
     return sorted((x for x in folders if x.name.isdigit()), key=lambda x: int(x.name))
 
 
-def save(policy, optimizer, c, step, position=0):
+def save(policy, optimizer, c, step, walk):
     """The checkpoint OUT/STAGE and the state OUT/STAGE.state/STEP; the last two states stay."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -1746,26 +1881,27 @@ def save(policy, optimizer, c, step, position=0):
         save_policy(policy, os.path.join(c.out, c.stage))
         model, moments = get_state_dict(policy.model, optimizer)
         with written_aside(os.path.join(c.out, c.stage + ".state", str(step))) as folder:
-            dcp.save({"model": model, "optimizer": moments, "position": position}, checkpoint_id=folder)
+            dcp.save({"model": model, "optimizer": moments, "position": walk.position,
+                      "passed_over": walk.passed_over}, checkpoint_id=folder)
         for old in saved_states(c)[:-2] if rank() == 0 else []:
             shutil.rmtree(old)
 
 
-def resume(policy, optimizer, c):
-    """(steps done, position in the data) of a stage: with --resume those of its newest state, which is
-    loaded."""
+def resume(policy, optimizer, c, walk):
+    """The steps done of a stage. With --resume its newest state is loaded: weights, moments, walk."""
     if not c.resume or not saved_states(c):
-        return 0, 0
+        return 0
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     folder = saved_states(c)[-1]
     with in_one_line(f"--resume: {folder}"):
         model, moments = get_state_dict(policy.model, optimizer)
-        state = {"model": model, "optimizer": moments, "position": 0}
+        state = {"model": model, "optimizer": moments, "position": 0, "passed_over": 0}
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=moments)
+        walk.position, walk.passed_over = state["position"], state["passed_over"]
     say(f"{c.stage}: resuming after step {folder.name}")
-    return int(folder.name), state["position"]
+    return int(folder.name)
 
 
 def begin(c):
@@ -1777,6 +1913,8 @@ def begin(c):
     if not c.resume and (files or last >= 0):
         fail(f"--out {c.out}: it holds {c.stage} up to step {max(last, 0)}: --resume continues it, another "
              "--out starts anew")
+    if c.steps and last > c.steps:
+        fail(f"--steps {c.steps}: {c.out} holds {c.stage} up to step {last} already")
     for path in files:
         with open(path, "rb+") as file:
             keep, line = 0, file.readline()
@@ -1814,25 +1952,37 @@ def start_ranks():
         return
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)   # a rollout or a reward may be slow
+    dist.init_process_group(backend, timeout=PATIENCE, **alone)
+    ranks = gather([int(os.environ.get("LOCAL_WORLD_SIZE", 1))])
+    if len(set(ranks)) > 1:
+        fail(f"nodes of {set(ranks)} ranks: every node needs equally many, --nproc_per_node", common=True)
 
 
-def run_stage(c, records, reward=None, eval_records=None):
+def run_stage(c, records, reward=None, eval_records=()):
     """One stage on the checkpoint in the folder c.model; sft and rl leave theirs in OUT/sft and OUT/rl."""
     if c.stage != "show" and rank() == 0:
         begin(c)
     policy = load_policy(c.model, c)
+    source = "--prompt" if c.prompt is not None else c.data or "the built-in task"
+    walk, held_out = Walk(policy, c, source, records), Walk(policy, c, c.eval_data or source, eval_records)
     if c.stage == "sft":
-        return train_sft(policy, c, usable(policy, c, c.data, [policy.example(chat) for chat in records]))
-    problems, held_out = split_problems(policy, c, records, eval_records)
-    reference = load_policy(c.model, c) if c.stage == "rl" and c.beta else None
-    with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
-        if c.stage == "show":
-            show(policy, engine, c, problems[0])
-        elif c.stage == "eval":
-            evaluate(policy, engine, c, problems, reward)
-        else:
-            train_rl(policy, reference, engine, c, problems, reward, held_out)
+        train_sft(policy, c, walk)
+    else:
+        asked = held_out if c.stage == "rl" else walk
+        problems = asked.once()
+        if not problems and (c.stage != "rl" or c.eval_data):
+            fail(f"{asked}; nothing is left", common=True)
+        reference = load_policy(c.model, c) if c.stage == "rl" and c.beta else None
+        with closing({"torch": TorchEngine, "lmdeploy": LMDeployEngine}[c.engine](policy, c)) as engine:
+            if c.stage == "show":
+                show(policy, engine, c, problems[0])
+            elif c.stage == "eval":
+                evaluate(policy, engine, c, problems, reward)
+            else:
+                train_rl(policy, reference, engine, c, walk, reward, problems)
+    for passed in (walk, held_out):
+        if passed.passed_over:
+            say(str(passed))
 
 
 def summary(c):
