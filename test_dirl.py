@@ -199,7 +199,7 @@ def test_default_run_learns(default_run):
     assert after >= before + 0.15 and f"rl, step {N}: 256 problems, one greedy answer each" in log
     assert [(line["step"], round(line["accuracy"], 3)) for line in every if "accuracy" in line] == [(0, before), (N, after)]
     assert all(line["logp_gap"] < 1e-4 for line in lines)
-    both = {"step", "loss", "lr", "grad_norm", "seconds", "forward_tokens"}
+    both = {"step", "loss", "lr", "grad_norm", "seconds", "forward_tokens", "passed_over"}
     expected = both | set("reward kl entropy clip_fraction tokens_per_step output_length truncated groups_dropped duplicates "
                           "logp_gap seconds_rollout seconds_training seconds_weights".split())
     evaluated = {"accuracy", "standard_error", "eval_tokens_per_step", "eval_length", "eval_truncated"}
@@ -459,7 +459,7 @@ def test_blocks_of_one_token_are_a_causal_model(policies):
     tokens, mask_token = torch.cat([prompt, output]), torch.tensor([policy.mask_id])
     row = dirl.join([dirl.trajectory_document(prompt, output, steps, 1, policy.mask_id)])
     with torch.no_grad():
-        ours = policy.logits(policy.hidden(row["ids"][None], row["pos"][None], dense(row, 1)[None, None])[0])
+        ours = policy.model.lm_head(policy.hidden(row["ids"][None], row["pos"][None], dense(row, 1)[None, None])[0])
         logp, _ = policy.score(row)
         causal = slow_logits(policy, tokens, "sdpa")
         masked = torch.stack([slow_logits(policy, torch.cat([tokens[:i], mask_token]), "sdpa")[-1] for i in range(4, 13)])
@@ -775,23 +775,23 @@ def test_gradient_does_not_depend_on_max_tokens_nor_on_checkpointing(policies, o
 
 
 def test_dynamic_sampling_drops_exactly_the_flat_groups(policies, monkeypatch, tmp_path):
-    policy, coin, asked, trained = policies(4), itertools.cycle((1.0, 0.0)), [], []
+    policy, coin, trained = policies(4), itertools.cycle((1.0, 0.0)), []
     c = flags("--prompts", 3, "--group-size", 4, "--max-new-tokens", 4, "--steps", 2, "--out", tmp_path)
     monkeypatch.setattr(dirl, "MAX_ROUNDS", 3)
-    monkeypatch.setattr(dirl, "nth", lambda items, i, *key: (asked.append(i), items[i])[1])
     monkeypatch.setattr(dirl, "save", lambda *args: None)
 
     def train_on(policy, reference, optimizer, c, mixed, step):
-        trained.append(mixed)
+        trained.append([int(group.trajectories[0].prompt[0]) - 1 for group in mixed])
         return {"logp_gap": None}
     monkeypatch.setattr(dirl, "train_on", train_on)
-    mixed = 1, 4, 5, 8
-    problems = [dirl.Problem([i + 1] * 5, "mixed" if i in mixed else "flat", "") for i in range(20)]
-    dirl.train_rl(policy, None, dirl.TorchEngine(policy, c), c, problems,
-                  lambda answer, truth: next(coin) if truth == "mixed" else 1.0, None)
-    assert asked == list(range(6)) + list(range(6, 6 + 3 + 2 + 2))     # mixed of the second step: 8
-    assert [[int(group.trajectories[0].prompt[0]) - 1 for group in groups] for groups in trained] == [[1, 4, 5], [8]]
-    assert [line["groups_dropped"] for line in lines_of(tmp_path, "rl.metrics.jsonl")] == [3, 6]
+    records = [(str(i), "mixed" if i in (1, 4, 5, 8) else "flat") for i in range(20)]
+    monkeypatch.setattr(dirl, "encode", lambda policy, c, record: dirl.Problem([int(record[0]) + 1] * 5, record[1], ""))
+    monkeypatch.setattr(dirl, "order", lambda n, *key: range(n))
+    walk = dirl.Walk(policy, c, "", records)
+    dirl.train_rl(policy, None, dirl.TorchEngine(policy, c), c, walk,
+                  lambda answer, truth: next(coin) if truth == "mixed" else 1.0, [])
+    assert trained == [[1, 4, 5], [8]]                              # of 6 problems in two rounds, and of 3 + 2 + 2 in three
+    assert walk.position == 6 + 7 and [x["groups_dropped"] for x in lines_of(tmp_path, "rl.metrics.jsonl")] == [3, 6]
 
 
 # ---- what "unbiased" means: the gradient, by enumerating every trajectory ----------------------------------------
@@ -819,14 +819,14 @@ class Toy(torch.nn.Module):
 
 
 def toy_policy():
-    return dirl.Policy(Toy(seed=57), None, None, {"block_size": 3, "mask_token_id": 3, "eos_token_id": 0}, 0, 1.0)
+    return dirl.Policy(Toy(seed=57), None, None, {"block_size": 3, "mask_token_id": 3}, 0, [0], 1.0)
 
 
 def toy_log_pi(policy, tokens):
     """log π at the second of two blocks of three tokens: [3, vocab]."""
     place = torch.arange(6)
     hidden = policy.hidden(tokens[None], place[None], (place // 3 <= place[:, None] // 3)[None, None])[0, 3:]
-    return dirl.log_policy(policy.logits(hidden), 1.0, 3)
+    return dirl.log_policy(hidden @ policy.model.lm_head.weight.T, 1.0, 3)
 
 
 def every_path(policy, prompt, rule, block, steps, s=1, log_p=0.0):
@@ -1008,7 +1008,7 @@ def test_unbiased_for_another_average_of_the_prompts(name):
 def lmdeploy_engine(monkeypatch):
     """A maker of LMDeploy engines, closed after the test. Options are for engines without a GPU."""
     stand_ins.lmdeploy_on_cpu()
-    monkeypatch.setattr(dirl, "lmdeploy_runs", lambda: True)
+    monkeypatch.setattr(dirl, "gpu_memory", lambda: 2**37)
     with contextlib.ExitStack() as stack:
         def make(policy, c, **options):
             small = {} if torch.cuda.is_available() else {"num_gpu_blocks": 64, "block_size": 16, "eager_mode": True} | options
@@ -1162,7 +1162,7 @@ def test_rollouts_of_one_prompt_differ_and_follow_the_policy(policies, lmdeploy_
     g, places = torch.Generator().manual_seed(0), []
     for row in rows_of(policy, documents_of(policy, made), 1000):
         hidden = policy.hidden(row["ids"][None], row["pos"][None], dense(row, 4)[None, None])[0, row["reads"]]
-        p = slow_log_policy(policy, policy.logits(hidden)).double().exp()
+        p = slow_log_policy(policy, policy.model.lm_head(hidden)).double().exp()
         here, below = (x.gather(1, row["target"][:, None])[:, 0] for x in (p, p.cumsum(1)))
         places.append(below - here * torch.rand(len(here), generator=g))
     places = torch.cat(places).view(n, 9)
@@ -1392,10 +1392,16 @@ def test_bad_records_are_skipped_and_counted_while_there_are_more_good_ones(tmp_
     assert dirl.read_records(str(path), "--data", "sft") == chats[:3] and "2 of 5 records are bad" in capsys.readouterr().out
 
 
-def test_nth_walks_through_every_item_of_an_epoch():
-    items = list("abcdefg")
-    first, second = ([dirl.nth(items, i, 0, "x") for i in range(e * 7, e * 7 + 7)] for e in (0, 1))
-    assert sorted(first) == sorted(second) == items and first != second
+def test_a_walk_goes_through_every_record_of_an_epoch(policies):
+    records = [(letter * (1 + 500 * (letter == "c")), "") for letter in "abcdefg"]      # one is too long
+    walk = dirl.Walk(policies(4), flags(), "here", records)
+    first, second = ([next(walk) for _ in range(6)] for _ in range(2))
+    numbers = [number for number, _ in first + second]
+    assert numbers == sorted(set(numbers)) and walk.position - walk.passed_over == 12 and walk.passed_over in (1, 2)
+    first, second = ([problem.question for _, problem in x] for x in (first, second))
+    assert sorted(first) == sorted(second) == list("abdefg") and first != second
+    assert [problem.question for problem in walk.once()] == list("abdefg")
+    assert str(walk).startswith("here: 1 of 7 records passed over: ")
 
 
 # ---- checkpoints, flags, runs -------------------------------------------------------------------------------------
@@ -1545,9 +1551,9 @@ FLAGS = [  # stage, flag, two values that must differ in something (-: not given
     "rl max-length 200 300 --data data.jsonl", "rl prompts 2 3", "rl group-size 4 5", "rl max-new-tokens 12 24",
     "sft block-size 2 4 --model tiny", "rl unmask dynamic static", "rl tokens-per-step 1 2 --unmask static",
     "rl threshold 0.3 0.9", "rl confidence top1 drawn --unmask static --temperature 2", "rl slots 3 256",
-    "rl objective eq7 eq6", "rl eps 0.01 0.2 --updates 3 --lr 0.1", "rl eps-high 0.01 0.2 --updates 3 --lr 0.1",
-    "rl beta 0 1 --objective eq7 --updates 2", "rl adv-std - +", "rl updates 1 2", "rl reward flat:reward flat:length",
-    "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other", "rl no-thinking - + --model thinks",
+    "rl objective eq7 eq6", "rl eps 0.01 0.2 --updates 3 --lr 0.1", "rl eps-high 0.01 0.2 --updates 3 --lr 0.01",
+    "rl beta 0 1 --objective eq7 --updates 2", "rl adv-std - +", "rl updates 1 2", "rl importance - 0.5",
+    "rl reward flat:reward flat:length", "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other", "rl no-thinking - + --model thinks",
     "rl stage sft rl --batch 2"]
 
 
@@ -1609,7 +1615,7 @@ def test_sleep_frees_the_engine_between_rollouts_and_new_weights(checkpoint, tmp
         generate = noting(calls, "rollout", dirl.TorchEngine.generate)
         sleep = noting(calls, "sleep")
         update_weights = noting(calls, "weights")
-    monkeypatch.setattr(dirl, "lmdeploy_runs", lambda: True)
+    monkeypatch.setattr(dirl, "gpu_memory", lambda: 2**37)
     monkeypatch.setattr(dirl, "LMDeployEngine", Engine)
     monkeypatch.setattr(dirl, "optimizer_step", noting(calls, "step", dirl.optimizer_step))
     for more, expected in ((["--sleep"], ["rollout", "rollout", "sleep", "step", "weights", "rollout"]),
@@ -1789,11 +1795,11 @@ def test_sft_on_chats_then_rl_on_problems_with_python(tmp_path, capsys, monkeypa
     Path("chats.json").write_text(json.dumps([{"messages": x} for x in chats]))
     jsonl("gsm8k.jsonl", *("a" * n for n in (3, 50, 400)), answer="#### 2")
     main("--stage sft --data chats.json --out run --steps 2 --batch 3 --max-length 64")
-    assert "chats.json: skipped 2 of 5" in capsys.readouterr().out and len(metrics("run", "sft")) == 2
+    assert "chats.json: 4 of 10 records passed over" in capsys.readouterr().out and len(metrics("run", "sft")) == 2
     rl = "--model run/sft --data gsm8k.jsonl --prompts 1 --group-size 2 --max-new-tokens 4 --max-length 300 --out run"
     main(rl, "--stage rl --steps 3")
     said = capsys.readouterr().out
-    assert "gsm8k.jsonl: skipped 1 of 3" in said and said.endswith("all of it is in run\n")
+    assert "gsm8k.jsonl: 1 of 4 records passed over" in said and said.endswith("all of it is in run\n")
     line = metrics("run", "rl")[0]                                  # every group flat: no step, null
     assert line["loss"] is None and line["grad_norm"] is None and line["groups_dropped"] == 1 and line["reward"] == 0
     before = files_under(tmp_path)
@@ -1914,7 +1920,7 @@ def test_show_is_the_trajectory(checkpoint, capsys):
         assert [float(x) for x in re.findall(r"\d\.\d{3}", line)] == pytest.approx(scores, abs=6e-4)
         assert line.count("·") == (seen[k * 4:] == policy.mask_id).sum() - len(committed)
     for prompt in ("<|MASK|>", "1" * 500):                          # one that a model cannot be asked
-        assert refused(capsys, *show, "--prompt", prompt).startswith("--prompt: nothing in it")
+        assert refused(capsys, *show, "--prompt", prompt).startswith("--prompt: 1 of 1 records passed over")
     main(*show)
     assert capsys.readouterr().out.splitlines()[0] == dirl.built_in("held out", 0)[0][0]
 
@@ -2101,6 +2107,7 @@ def test_ranks_wait_for_the_slowest_rollout(monkeypatch):
     asked = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dirl.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dirl, "gather", lambda items: items)
     monkeypatch.setattr(dirl.dist, "init_process_group", lambda backend, timeout: asked.update(timeout=timeout))
     dirl.start_ranks()
     assert asked["timeout"].total_seconds() >= 12 * 3600
@@ -2131,16 +2138,16 @@ def test_rows_of_a_long_run_have_few_lengths(max_tokens):
     """FlexAttention is compiled for each, twice: packed rows have one, documents that are longer and small batches a few."""
     g, packed, single, short = torch.Generator().manual_seed(0), set(), set(), set()
     for _ in range(300):
-        lengths = (torch.rand(40, generator=g).mul(6.5).add(3).exp() * 4).long().tolist()      # 80 to 50000 tokens
+        lengths = (torch.rand(40, generator=g).mul(6.5).add(3).exp() * 4).long().tolist()      # 80 to 54000 tokens
         (rows, room), few = dirl.deal(lengths, max_tokens), dirl.deal(lengths[:2], max_tokens)[1]
         assert room == max_tokens and few <= max_tokens
         short.add(dirl.row_length(0, few))                           # of a small batch
         for row in rows:
             n = sum(lengths[i] for i in row)
             length = dirl.row_length(n, room)
-            assert length % 128 == 0 and length >= n and (n <= room or length <= max(512, 1.5 * n))
+            assert length % 128 == 0 and length >= n and (n <= room or length < n + 4096)
             (packed if n <= room else single).add(length)
-    assert packed == {-(-max_tokens // 128) * 128} and len(single) <= 2 * math.log2(2**17 / max_tokens) + 1
+    assert packed == {-(-max_tokens // 128) * 128} and len(single) <= 54000 / 4096 + 1
     assert dirl.row_length(0, max_tokens) == dirl.row_length(max_tokens, max_tokens) == min(packed) == max(short)
     assert 2 * len(packed | single | short) < 64                     # recompile_limit, see flex_attention
 
