@@ -378,6 +378,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -1513,17 +1514,65 @@ def last_boxed(text):
             return rest[1:i]
 
 
+SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+         "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3", "°": " degrees", "…": "...",
+         r"\langle": "(", r"\rangle": ")", "{,}": ",", r"\%": "%"}
+FORMS = (                        # (pattern, what takes its place), in this order
+    (r"\\(left|right|displaystyle|!)(?![a-z])|\\?\$", ""), (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \2 "),
+    (r"\\[lc]?dots(?![a-z])", "..."), (r"\^\{?\\circ\}?", " degrees"), ("%", r"\\%"), (r"\*", r"\\cdot "),
+    (r"(?<=\d)[ ,](?=\d{3}(\D|$))(?!\d{3}\s*/)", ""),                                   # 1 234 and 1,234
+    (r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?)0*(\d+)(?!\w)", r"\1\\times 10^{\2\3}"),         # 6.02e23
+    (r"(?<![\\a-z])(sqrt|pi|infty)(?![a-z])", r"\\\1 "), (r"(?<![\\a-z])infinity(?![a-z])", r"\\infty "),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s+([\w.]+)", r"\\sqrt{\1}"),
+    (r"(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),                      # 2\frac{1}{4}
+    (r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./])", r"(\1+\\frac{\2}{\3})"))        # 2 1/4
+UNIT = r"(?!and |or |to |mod )(?:[A-Za-z]{2}|[mgshLKNJWVAC](?![A-Za-z]))(?:[A-Za-z /.-]|\^\{?-?\d\}?)*"
+
+
+def plain(text):
+    """(value, unit) of a final answer, brought to one form: two ways to type an answer become one text."""
+    text = re.sub("[¼-¾⅐-⅞]", lambda x: " " + unicodedata.normalize("NFKC", x[0]).replace("⁄", "/"), text)
+    for sign, word in SIGNS.items():
+        text = text.replace(sign, word)
+    for pattern, form in FORMS:
+        text = re.sub(pattern, form, text)
+    text = " ".join(text.split()).rstrip(". ")
+    number = re.fullmatch(rf"(.*[\d)}}])\s+({UNIT})", text)
+    value, unit = number.groups() if number else (text, "")
+    unit = unit.lower().replace(" per ", "/").replace(" ", "").rstrip("s")
+    return re.sub(r"^\(([A-Za-z])\)$", r"\1", value), unit
+
+
+def close(gold, found):
+    """Whether values that math-verify calls equal are so relatively too: it rounds what is near 0 to 0."""
+    if getattr(gold, "is_number", False) and getattr(found, "is_number", False):
+        gold, found = complex(gold.evalf()), complex(found.evalf())
+        return abs(gold - found) <= 1e-5 * max(abs(gold), abs(found))
+    parts = [list(x.flat() if hasattr(x, "flat") else getattr(x, "args", ())) for x in (gold, found)]
+    return type(gold) is not type(found) or len(parts[0]) != len(parts[1]) or all(map(close, *parts))
+
+
 def math_reward(answer, truth):
-    """1.0 if the answer's last \\boxed{} equals the truth by math-verify (in the main thread only)."""
+    """1.0 if the answer's last \\boxed{} equals the truth: as a text in one form, or else by math-verify (in
+    the main thread only). An added unit is no fault, another unit is one."""
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
     boxed = last_boxed(answer)
     if boxed is None or len(boxed) > 200 + 2 * len(truth):             # no final answer is that long
         return 0.0
+    (gold, gold_unit), (found, found_unit) = plain(truth), plain(boxed)
+    if gold_unit and found_unit and gold_unit != found_unit:
+        return 0.0
+    texts = {re.sub(r"(?<!\d) | (?!\d)", "", value) for value in (gold, found)}
+    if len(texts) == 1:
+        return 1.0
+    if "..." in gold + found or len(gold) == len(found) == 1 and (gold + found).isalpha():
+        return 0.0                                                     # sequences and choices are their text
     try:
-        plain = (x.replace("\\!", "").strip().rstrip(".") for x in (truth, boxed))      # 10,\!000 and 3.
-        gold, found = (parse(f"\\boxed{{{x}}}", parsing_timeout=2) for x in plain)
-        return float(verify(gold, found, timeout_seconds=2))
+        gold, found = (parse(f"\\boxed{{{x}}}", parsing_timeout=2) for x in (gold, found))
+        return float(verify(gold, found, timeout_seconds=2) and close(gold[0], found[0]))
     except (Exception, TimeoutException):                          # whatever the model wrote, it is no answer
         return 0.0
 

@@ -7,7 +7,7 @@
     python .github/measure.py --gpu         what one 80 GB GPU must tell, within nine minutes
     ... --small                             the same in its smallest form, for the tests
 
-Without a GPU, LMDeploy runs on the stand-ins of test_dirl.py, which then must be importable."""
+Without a GPU, LMDeploy runs on the stand-ins of stand_ins.py."""
 import argparse
 import asyncio
 import contextlib
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib import metadata
 
 import torch
@@ -46,12 +45,21 @@ MEDIUM = dict(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidd
 # ---- what all of them use --------------------------------------------------------------------------------------------
 
 
-def flags(*argv, stage="rl"):
-    return dirl.configure(dirl.parse_flags([str(x) for x in argv]), stage)
+def flags(*argv):
+    return dirl.parse_flags([str(x) for x in argv])
+
+
+def changed(c, **values):
+    """A copy of the flags with other values."""
+    return argparse.Namespace(**vars(c) | values)
 
 
 def part(name, *args, seconds=None):
-    """Runs a function of this file in a process of its own, which prints as it goes. Whether it ended well, in time."""
+    """Runs a function of this file in a process of its own, which prints as it goes. Whether it ended well, in time. With
+    --small, and without a time limit, in this process: an import takes longer than the work."""
+    if SMALL and seconds is None:
+        globals()[name](*args)
+        return True
     command = [sys.executable, __file__, "--part", name, *map(str, args), *["--small"] * SMALL]
     try:
         return subprocess.run(command, timeout=seconds).returncode == 0
@@ -229,8 +237,8 @@ def bench():
 def lmdeploy_engine(policy, c, **options):
     if CUDA:
         return dirl.LMDeployEngine(policy, c, **options)
-    import test_dirl
-    test_dirl.lmdeploy_on_cpu()
+    import stand_ins
+    stand_ins.lmdeploy_on_cpu()
     return dirl.LMDeployEngine(policy, c, num_gpu_blocks=64, block_size=16, eager_mode=True, **options)
 
 
@@ -282,7 +290,7 @@ def rollouts(model=None):
             if name == "stock":
                 tokens = stock_tokens(engine, prompts[:n], length)
             else:
-                engine.c = replace(c, max_new_tokens=length)
+                engine.c = changed(c, max_new_tokens=length)
                 found = engine.generate(prompts[:n], [(0, i) for i in range(n)])
                 tokens = sum(len(t.output) for t in found)
             rate = rates[name, n, length] = tokens / (time.perf_counter() - start)
@@ -342,9 +350,10 @@ def one_step_errors(folder, seed, rule, reward):
     """Of the committed tokens of 32 groups sampled from a checkpoint: one-step against exact log-probabilities."""
     c = flags("--model", folder, "--seed", seed, "--prompts", 2 if SMALL else 32, "--unmask", rule, "--max-tokens", 1)
     policy = dirl.load_policy(folder, c)
-    problems = dirl.encode_problems(policy, c, None, dirl.built_in("rl", seed))
-    _, groups, _ = dirl.sample_groups(policy, dirl.TorchEngine(policy, c), c, problems, reward, 0, 10**6, {})
-    groups, logp, gradients = groups[:c.prompts], [], []
+    walk = dirl.Walk(policy, c, "the built-in task", dirl.built_in("rl", seed))
+    problems = dict(next(walk) for _ in range(c.prompts))
+    groups = list(dirl.roll_out(policy, dirl.TorchEngine(policy, c), c, problems, c.group_size, ("rl", 0), reward).values())
+    logp, gradients = [], []
     for score_as in (TRAJECTORY_DOCUMENT, one_step_document):
         dirl.trajectory_document = score_as
         rows, _ = dirl.dipo_rows(policy, c, groups)                 # one trajectory a row, the longest first
@@ -353,7 +362,7 @@ def one_step_errors(folder, seed, rule, reward):
         J = sum(dirl.eq7(value, None, row["A"], row["w"], 0.2, 0.2)[0] for value, row in zip(values, rows))
         logp.append(torch.cat(values).detach())
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(J, list(policy.model.parameters()))]))
-    trajectories = [t for group, _ in groups for t in group]
+    trajectories = [t for group in groups for t in group.trajectories]
     order = sorted(trajectories, key=lambda t: -len(t.prompt) - len(t.output) - B * t.decoding_steps)
     steps, error = torch.cat([t.steps for t in order]), (logp[1] - logp[0]).abs()
     for s in steps.unique().tolist():
@@ -411,7 +420,7 @@ def attention():
         documents.append(dirl.trajectory_document(*random_trajectory(g, P // share, L // share, per_step), B, 999))
     row = dirl.join(documents, length=N)
     row, i = {name: x.to(DEVICE) for name, x in row.items()}, torch.arange(N, device=DEVICE)
-    sees = dirl.mask_mod(row["doc"], row["copy"], row["pos"] // B)
+    sees = dirl.mask_mod(row["doc"], row["view"], row["pos"] // B)
     dense = sees(0, 0, i[:, None], i)
     mask = dirl.block_mask(sees, N, DEVICE) if CUDA else dense[None, None]             # as Policy.score has it
     kind = "FlexAttention" if CUDA else "SDPA"
@@ -452,27 +461,32 @@ def rl(model):
     mixed."""
     sizes = dict(prompts=4, group_size=8, max_new_tokens=256) if FULL else dict(prompts=2, group_size=2, max_new_tokens=8)
     c = flags("--model", model, "--engine", "torch", "--max-length", 384, "--slots", 64, "--engine-memory", 0.3)
-    c, clock, peaks, alternating = replace(c, **sizes, out=model), dirl.clock, {}, itertools.cycle((0.0, 1.0))
+    c, peaks, alternating = changed(c, **sizes, steps=3, out=model, save_every=10**6), {}, itertools.cycle((0.0, 1.0))
 
-    @contextlib.contextmanager
-    def with_memory(seconds, phase):
-        memory(reset=True)
-        with clock(seconds, phase):
-            yield
-        peaks[phase] = max(peaks.get(phase, 0), memory() / 1e9)
-    dirl.clock = with_memory
+    def with_peak(phase, function):
+        def call(*args, **more):
+            memory(reset=True)
+            result = function(*args, **more)
+            peaks[phase] = memory() / 1e9
+            return result
+        return call
     dirl.start_ranks()
     policy = dirl.load_policy(model, c)
-    engine, optimizer = lmdeploy_engine(policy, c), dirl.make_optimizer(policy, c)
-    problems = dirl.encode_problems(policy, c, None, dirl.built_in("rl", 0))
-    progress = dirl.resume(policy, optimizer, c)
-    for step in (1, 2, 3):
-        start = time.perf_counter()
-        line = dirl.rl_step(policy, None, engine, optimizer, c, problems, lambda *_: next(alternating), step, progress)
-        print(f"step {step}: {time.perf_counter() - start:.2f} s, {line['forward_tokens']:,} forward tokens, logp_gap "
-              f"{line['logp_gap']:.1e}, gradient norm {line['grad_norm']:.2g}")
-        print("    " + ", ".join(f"{x[8:]} {line[x]:.2f} s ({peaks[x]:.1f} GB)" for x in line if x.startswith("seconds_")))
+    engine = lmdeploy_engine(policy, c)
+    dirl.roll_out, dirl.train_on = with_peak("rollout", dirl.roll_out), with_peak("training", dirl.train_on)
+    engine.update_weights = with_peak("weights", engine.update_weights)
+    dirl.save = lambda *args: None
+    dirl.write_lines = lambda c, name, lines: [print_step(line, peaks) for line in lines]
+    walk = dirl.Walk(policy, c, "the built-in task", dirl.built_in("rl", 0))
+    dirl.train_rl(policy, None, engine, c, walk, lambda *_: next(alternating), [])
     engine.close()
+
+
+def print_step(line, peaks):
+    print(f"step {line['step']}: {line['seconds']:.2f} s, {line['forward_tokens']:,} forward tokens, logp_gap "
+          f"{line['logp_gap']:.1e}, gradient norm {line['grad_norm']:.2g}")
+    phases = (f"{phase} {line['seconds_' + phase]:.2f} s ({peaks[phase]:.1f} GB)" for phase in ("rollout", "training", "weights"))
+    print("    " + ", ".join(phases))
 
 
 def gpu():

@@ -83,7 +83,7 @@ def matrix(left, top, cell, document, B, labels, title):
     import torch
 
     import dirl
-    block, copy = document["pos"] // B, document["copy"]
+    block, copy = document["pos"] // B, document["view"]
     n = len(block)
     i = torch.arange(n)
     sees = dirl.mask_mod(torch.zeros(n), copy, block)(0, 0, i[:, None], i).tolist()
