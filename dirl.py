@@ -464,8 +464,9 @@ class Policy:
     def hidden(self, ids, pos, mask, cache=None):
         """Last hidden states [n, T, d] of ids, pos [n, T]; on CUDA the layers are bfloat16. A mask that comes
         in a dict bypasses transformers' own mask code; `cache` reaches `attention` as it is."""
-        return self.model.base(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
-                               use_cache=False, cache=cache).last_hidden_state
+        forward = self.model.base if hasattr(self.model, "base") else self.model.model
+        return forward(input_ids=ids, position_ids=pos, attention_mask={"full_attention": mask},
+                       use_cache=False, cache=cache).last_hidden_state
 
     def score(self, row):
         """log π_θ of every token of a packed row that a loss reads, and the entropy there: [R], [R].
@@ -534,25 +535,23 @@ def flex_attention():
 def shard(model, compute=None):
     """FSDP2: each layer, and the rest, sharded over the ranks of a node; every node holds the whole. Layers
     compute in the dtype `compute` (bfloat16 on CUDA, else float32), gradients are averaged in float32. A part
-    becomes float32, on its device, just before it is cut, so that no rank ever holds the whole. model.base is
-    the forward to the hidden states. A single rank on a CPU has no process group: FSDP's hooks would cost it
-    a quarter of its time."""
+    becomes float32, on its device, just before it is cut, so that no rank ever holds the whole. A single rank
+    on a CPU has no process group: FSDP's hooks would cost it a quarter of its time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compute = compute or (torch.bfloat16 if device == "cuda" else torch.float32)
-    if dist.is_initialized():
-        n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                 # ranks of this node
-        mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
-        for group in mesh.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)     # else half an hour
-        mesh = mesh["shard"] if n == world() else mesh
-        for layer in model.model.layers:
-            fully_shard(layer.to(device, torch.float32), mesh=mesh,
-                        mp_policy=MixedPrecisionPolicy(compute, torch.float32))
-        # the rest stays whole after the forward, since lm_head is read then
-        fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
-    model = model.to(device, torch.float32)
-    model.base = lambda **inputs: model.model(**inputs)
-    register_fsdp_forward_method(model, "base")
+    if not dist.is_initialized():
+        return model.to(device, torch.float32)
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                     # ranks of this node
+    mesh = init_device_mesh(device, (world() // n, n), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)         # else half an hour
+    mesh, precision = mesh["shard"] if n == world() else mesh, MixedPrecisionPolicy(compute, torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer.to(device, torch.float32), mesh=mesh, mp_policy=precision)
+    # the rest stays whole after the forward, since lm_head is read then
+    fully_shard(model.to(device, torch.float32), mesh=mesh, reshard_after_forward=False)
+    model.base = lambda **inputs: model.model(**inputs)                # the forward to the hidden states; it
+    register_fsdp_forward_method(model, "base")                        # gathers what it needs, as model's own
     return model
 
 

@@ -844,11 +844,22 @@ def every_path(policy, prompt, rule, block, steps, s=1, log_p=0.0):
         yield from every_path(policy, prompt, rule, *after)
 
 
+def disturbed(policy, noise):
+    """Another policy near this one: a sampler that is not the trainer."""
+    other, g = copy.deepcopy(policy), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight += noise * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+    return other
+
+
 @functools.cache
-def enumerated(rule):
+def enumerated(rule, noise=0.0):
     """Of each of two prompts: every trajectory, with its probability p (differentiable), the reward, |τ|, its document,
-    and `every`, Σ over its paths of p times the log-probability of all candidates drawn, rejected ones too."""
-    policy, rewards = toy_policy(), torch.randn(27, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    and `every`, Σ over its paths of p times the log-probability of all candidates drawn, rejected ones too. noise: of the
+    toy's weights."""
+    policy = disturbed(toy_policy(), noise)
+    rewards = torch.randn(27, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     tables = []
     for prompt in torch.tensor([[0, 2, 1], [1, 1, 2]]):
         found = {}
@@ -999,6 +1010,74 @@ def test_unbiased_for_another_average_of_the_prompts(name):
     error, error_of_real = (bias(*estimated(tables, rewards)) for rewards in (right, real))
     print(f"{name}: relative error over both prompts {error:.1e}; where rewards are real numbers {error_of_real:.1e}")
     assert error > 1e-3 and error_of_real > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["sequential", "static", "dynamic"])
+@pytest.mark.parametrize("name", ["eq7", "eq8"])
+def test_importance_gives_the_gradient_of_the_policy_where_another_one_samples(rule, name):
+    """Constant baseline and normaliser. The sampler's confidences say what is committed when; π_θ decodes in that order."""
+    policy, baseline, (sampler, tables) = toy_policy(), 0.3, enumerated((rule, 1, 0.7, "top1"), 0.006)
+    documents = [d | {"p": p.expand(3), "r": r.expand(3)} for t in tables for d, p, r in zip(t.documents, t.p.detach(), t.r)]
+    row, = rows_of(policy, documents, 10**6)
+    logp, theirs = policy.score(row)[0], sampler.score(row)[0].detach()
+    each, gap = logp.view(-1, 3).sum(1), float((row["p"] * (logp - theirs).abs()).sum().detach()) / 6
+    p, r = row["p"][::3], row["r"][::3]
+    assert abs(float(each.detach().exp().sum()) - 2) < 1e-12 and 0.03 < gap < 0.15     # of two prompts; nats a token
+    exact = gradient(policy.model, (each.exp() * r).sum())
+    step = row["view"][row["reads"]] - 1
+
+    def error(weights):
+        J = J_of(name, logp, None, row["r"] - baseline, row["p"] * weights, step, 0.2, 0.2)[0]
+        return relative(gradient(policy.model, J), exact)
+    trajectory = row["doc"][row["reads"]]
+    weights = dirl.importance_weights(logp.detach(), theirs, trajectory, 1e9)
+    errors = error(torch.ones_like(logp)), error((logp.detach() - theirs).exp()), error(weights)
+    print(f"{rule}, {name}, a sampler {gap:.2f} nats a token away: relative error of the expected gradient {errors[0]:.2f} "
+          f"uncorrected, {errors[1]:.2f} with token ratios, {errors[2]:.1e} with importance weights")
+    assert errors[2] < 1e-12 and min(errors[:2]) > 0.02
+    assert torch.equal(weights, weights.view(-1, 3)[:, :1].expand(-1, 3).flatten())
+    assert torch.allclose(weights[::3], (each.detach() - theirs.view(-1, 3).sum(1)).exp(), rtol=1e-12)
+    capped = dirl.importance_weights(logp.detach(), theirs, trajectory, 1.1)
+    assert torch.equal(capped, weights.clamp_max(1.1)) and (capped == 1.1).any() and (capped < 1.1).any()
+    far = dirl.importance_weights(torch.zeros(2), torch.tensor([-1000.0, 1000.0]), torch.tensor([0, 1]), 3.0)
+    assert far.tolist() == [3.0, 0.0] and len(dirl.importance_weights(*[torch.zeros(0)] * 2, torch.zeros(0).long(), 3.0)) == 0
+    assert p.sum() == pytest.approx(2)
+
+
+def test_importance_weights_come_from_whole_trajectories_and_reach_the_loss(policies, tmp_path):
+    policy = policies(4)
+    c, flat = rollouts(disturbed(policy, 0.003), "--importance", 0.5, "--out", tmp_path, n=8)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 1.0, 1.0]])
+    groups = [dirl.Group(tuple(flat[i * 4:i * 4 + 4]), ("",) * 4, tuple(rewards[i].tolist())) for i in (0, 1)]
+    with torch.no_grad():
+        scores = [policy.score(dirl.join([d]))[0] for d in documents_of(policy, flat)]
+    W = torch.stack([(a.double() - t.logp.double()).sum().exp() for a, t in zip(scores, flat)]).clamp_max(0.5)
+    plain = dirl.trajectory_weights(torch.tensor([[t.decoding_steps for t in flat[i:i + 4]] for i in (0, 4)]), "eq8").flatten()
+    expected = {"importance": W.mean(), "importance_capped": (W == 0.5).double().mean(),
+                "importance_ess": W.sum()**2 / (8 * W.square().sum())}
+    assert 0 < expected["importance_capped"] < 1 and W.min() < 0.3
+    A, reference, gradients = dirl.advantage(rewards).flatten(), 0.0, []
+    for i, d in enumerate(documents_of(policy, flat)):
+        logp = policy.score(dirl.join([d]))[0]
+        reference = reference + (A[i] * plain[i] * W[i] * logp).sum()      # the gradient of Eq. 8 with one update
+    reference = gradient(policy.model, reference)
+    for max_tokens, updates in ((1, 1), (150, 1), (10**6, 1), (10**6, 2)):
+        moving, moved = copy.deepcopy(policy), []
+        given = changed(c, max_tokens=max_tokens, updates=updates)
+        with pytest.MonkeyPatch.context() as patch:                # the gradients that train_on hands to the optimizer
+            patch.setattr(dirl, "optimizer_step", lambda policy, *args: moved.append(torch.cat(
+                [w.grad.flatten().clone() for w in policy.model.parameters()])) or policy.model.zero_grad() or 1.0)
+            metrics = dirl.train_on(moving, None, None, given, groups, 1)
+        assert {x: metrics[x] for x in expected} == pytest.approx({x: float(y) for x, y in expected.items()}, rel=1e-5)
+        gradients += moved
+    assert len(gradients) == 5 and all(relative(-g, reference) < 1e-5 for g in gradients)
+    same = rollouts(policy, n=8)[1]                                 # the sampler is the trainer
+    rows, _ = dirl.dipo_rows(policy, c, [dirl.Group(tuple(same), ("",) * 8, tuple(range(8)))])
+    with torch.no_grad():
+        rows = [row | {"logp_old": policy.score(row)[0]} for row in rows]
+    weighted, found = dirl.weigh(rows, 3.0)
+    assert found["importance"] == pytest.approx(1, abs=1e-4) and found["importance_capped"] == 0
+    assert all(torch.allclose(a["w"], b["w"], rtol=1e-4) for a, b in zip(weighted, rows))
 
 
 # ---- LMDeploy: the real engine, without its CUDA pieces where there is no GPU --------------------------------------
@@ -1336,6 +1415,58 @@ def test_reward_on_a_table_of_answers():
     assert dirl.arithmetic_reward("1+1=2", "5") == 0 and dirl.arithmetic_reward("", "5") == 0
 
 
+RIGHT = [                                      # (the boxed answer, the truth)
+    ("2.25", "2 1/4"), (r"\frac{9}{4}", "2 1/4"), (r"2\frac{1}{4}", "2 1/4"), (r"\frac94", "2 1/4"),
+    ("2 1/4", r"\frac{9}{4}"), (r"2\tfrac{1}{4}", "2.25"), ("-2.25", "-2 1/4"), (r"-2\frac14", "-2 1/4"), ("2½", "2.5"),
+    ("½", "0.5"), ("½", r"\frac{1}{2}"), ("¾", "3/4"), ("1 ½", "3/2"), ("60", "60 km/h"), ("60 km/h", "60"),
+    (r"60\text{ km/h}", "60 km/h"), (r"60\,\text{km/h}", "60 km/h"), (r"60\ \mathrm{km/h}", "60"),
+    ("60 km per hour", "60 km/hour"), ("5 cm", "5"), (r"5\text{ cm}^2", "5"), ("18", "18 dollars"), (r"\$18", "18"),
+    ("18.00", "18"), ("3 hours", "3 hour"), (r"12\text{ inches}", "12"), (r"\text{infinitely many}", "infinitely many"),
+    ("infinitely many", r"\text{infinitely many}"), (r"\text{Yes}", "Yes"), (r"\text{no solution}", "no solution"),
+    ("1234", r"1\,234"), (r"1\,234", "1234"), ("1,234", "1234"), ("1{,}234", "1234"), (r"1\;234", "1234"), ("1 234", "1234"),
+    (r"1\,234\,567", "1234567"), ("1,234,567", "1234567"), (r"10,\!000", "10000"), ("0.00001", "1e-05"), ("1e-05", "0.00001"),
+    ("10^{-5}", "1e-05"), ("6.02e23", "6.02e23"), (r"6.02\times 10^{23}", "6.02e23"), (r"6.02 \cdot 10^{23}", "6.02e23"),
+    ("1E5", "100000"), ("2.5e3", "2500"), ("1e+05", "100000"), ("√2", r"\sqrt{2}"), (r"\sqrt2", "√2"), ("2√3", r"2\sqrt{3}"),
+    ("√(2)", r"\sqrt{2}"), ("sqrt(2)", r"\sqrt{2}"), ("60°", "60"), (r"60^\circ", "60°"), ("60", r"60^{\circ}"),
+    ("60 degrees", "60°"), ("2*pi", r"2\pi"), ("2π", "2*pi"), (r"2\pi", "2π"), ("π/2", r"\frac{\pi}{2}"), ("−3", "-3"),
+    ("3×4", "12"), ("∞", r"\infty"), ("x≤5", r"x \le 5"), ("0.333333", r"\frac{1}{3}"), ("0.5", "1/2"), ("(1,2)", "(1, 2)"),
+    (r"\langle 1,2,3\rangle", r"\langle 1, 2, 3 \rangle"), ("(1,2,3)", r"\langle 1,2,3\rangle"),
+    (r"\frac{1}{2^{99}}", "2^{-99}"), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{99}}"), (r"1,2,3,\dots", r"1, 2, 3, \ldots"),
+    ("1,2,3,...", "1,2,3,…"), ("E", "E"), (r"\text{E}", "E"), ("(E)", "E"), (r"\text{(E)}", "E"), (r"\textbf{(B)}", "B"),
+    ("B", "(B)"), ("e", "e"), ("3.0000", "3"), ("3.", "3"), ("x^2+2x+1", "(x+1)^2"), (r"\{1,2\}", r"\{2,1\}"),
+    ("[1,2)", "[1,2)"), (r"50\%", "50%"), (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\left(1,2\right)", "(1,2)"), ("x=5", "5"),
+    ("5", "x=5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("1e-30", "1e-30"), ("10^{-30}", "1e-30"), ("0", "0"), ("0.0", "0"),
+    ("-0", "0"), (r"\frac{10}{5}", "2"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("12:30", "12:30"), ("Monday", "Monday"), ("2 + 3i", "2+3i"), ("y=2x+1", "y = 2x + 1"), (r"16 \pi", "16π"),
+    ("1/3", "0.333333"), (r"3\sqrt{2}", "3√2"), ("7/2", "3.5"), ("3 1/2", "3.5"), ("12 m/s", "12"),
+    ("12 m/s", r"12\text{ m/s}"), ("5 m", "5"), (r"\frac{3}{4}\text{ cups}", "3/4"), ("$x^2$", "x^2")]
+WRONG = [                                      # (the boxed answer, the truth)
+    ("21/4", "2 1/4"), ("2 1/4", "21/4"), ("60 mph", "60 km/h"), ("60 km/h", "60 mph"), ("60 km", "60 km/h"),
+    ("3.0000", "3.001"), ("3.001", "3"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("1e-30", "2e-30"),
+    ("10^{-9}", "10^{-10}"), ("0.0000001", "0.0000002"), ("0", "1e-9"), ("1e-9", "0"),
+    (r"\langle 1,2,4\rangle", r"\langle 1,2,3\rangle"), ("(1,2,4)", r"\langle 1,2,3\rangle"), ("(10^{-9},1)", "(10^{-10},1)"),
+    (r"\{10^{-9}\}", r"\{2\cdot10^{-9}\}"), (r"1,2,4,\dots", r"1,2,3,\dots"), ("1,2,3,...", "1,2,3"),
+    ("1,3,5,...", "2,4,6,..."), ("e", "E"), ("E", "e"), ("(e)", "E"), ("A", "B"), ("a", "A"), (r"\text{A}", "B"),
+    ("(C)", "(D)"), ("2", "2 1/4"), ("1/4", "2 1/4"), ("-2.25", "2 1/4"), ("1.75", "-2 1/4"), ("3/2", "1/2"), ("¾", "¼"),
+    ("12345", "1234"), ("1234", "1,235"), ("1.234", "1234"), ("61", "60 km/h"), ("6 km/h", "60 km/h"), ("5 cm", "5 inches"),
+    ("3 hours", "3 days"), ("finitely many", "infinitely many"), ("No", "Yes"), ("no solution", "infinitely many"),
+    ("6.02e22", "6.02e23"), ("1e-04", "1e-05"), ("√3", "√2"), ("2", "√2"), ("61°", "60°"), ("π", "2π"), ("3*pi", "2*pi"),
+    ("-5", "5"), ("(2,1)", "(1,2)"), ("(1,2)", "(1,2,3)"), ("[1,2]", "[1,2)"), (r"\{1,2\}", r"\{1,3\}"),
+    ("x^2+2x+2", "(x+1)^2"), ("0.3", "1/3"), ("0.33", "1/3"), ("x≥5", "x≤5"), ("-∞", "∞"), ("12:31", "12:30"),
+    ("Tuesday", "Monday"), ("2x", "2"), ("2", "2x"), ("y=2x", "y=3x"), ("50", "49%"),
+    (r"\begin{pmatrix}1\\3\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("3 and 4", "3"), ("3", "3 and 4"),
+    ("3 or 4", "3"), ("100 people", "10 people"), ("1000", "1 000 000"), ("0.001", "0.0011"), ("2^{-98}", "2^{-99}"),
+    ("5 x", "5"), ("19 dollars", "18 dollars"), ("10^{10}", "10^{11}"), ("", "42"), ("1", "-1"), ("i", "-i")]
+
+
+def test_answers_in_other_forms_are_right_and_other_answers_wrong():
+    """Mixed numbers, units, words, separators, Unicode; near 0; vectors, sequences with dots, choices."""
+    for expected, pairs in ((1, RIGHT), (0, WRONG)):
+        wrong = [pair for pair in pairs if dirl.math_reward(rf"so \boxed{{{pair[0]}}}", pair[1]) != expected]
+        assert not wrong, wrong
+    assert all(dirl.math_reward(rf"\boxed{{{truth}}}", truth) for pair in RIGHT + WRONG for truth in pair if truth)
+
+
 @pytest.mark.parametrize("answer", [
     r"\boxed{9^9^9^9}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{" + "{" * 10**6 + "}" * 10**6 + "}", r"\boxed{" * 10**5,
     r"\boxed{\frac{1}{}}", r"\boxed{\begin{matrix}1&2\\}", r"\boxed{" + "((((" * 40 + "1" + "))))" * 40 + "}",
@@ -1655,7 +1786,8 @@ def bad_inputs(checkpoint, folder):
     config = without(dirl.read_json(os.path.join(checkpoint, "config.json")), "tiny")
     names_its_flag = [
         "--step 3", "--steps many", "--steps -1", "--lr nan", "--lr -1e-3", "--objective eq9", "--group-size 1", "--beta 0.1",
-        "--tokens-per-step 3", "--temperature 0", "--engine-memory 2", "--confidence top2", "--unmask random", "--sleep",
+        "--tokens-per-step 3", "--temperature 0", "--importance 0", "--importance 2 --objective eq6",
+        "--importance 2 --confidence drawn", "--engine-memory 2", "--confidence top2", "--unmask random", "--sleep",
         "--stage dpo", "--prompts 0", "--save-every 0", "--seed 1.5", "--recipe mine", "--eps inf", "--reward nothing",
         "--reward json:nothing", "--reward no.module:f", "--block-size 0", "--samples -1", "--eval-every 0", "--resume",
         "--engine " + ("vllm" if torch.cuda.is_available() else "lmdeploy"), "--out file/run"]
@@ -1707,7 +1839,7 @@ def test_bad_input_is_one_line_and_exit_code_2(policies, tmp_path, monkeypatch, 
     before = files_under(tmp_path)
     for line, culprit in cases:
         assert culprit in refused(capfd, *line.split(), quiet=True), line
-    assert files_under(tmp_path) == before and len(cases) == 69
+    assert files_under(tmp_path) == before and len(cases) == 72
 
 
 def test_bad_input_in_processes_of_its_own(tmp_path):
@@ -1819,6 +1951,235 @@ def test_the_second_update_moves_the_ratio(objective, checkpoint, tmp_path, monk
                    "--steps", "1", "--prompts", "4", "--group-size", "4", "--updates", str(updates)])
         clipped[updates] = metrics(out, "rl")[0]["clip_fraction"]
     assert clipped[1] == 0 and clipped[2] > 0.1
+
+
+# ---- what people's files, answers and runs do to it -------------------------------------------------------------------
+
+THINKS = ("{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}<|{{ m.role }}|>"
+          "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")             # as SDAR's: thoughts of earlier turns are dropped
+
+
+@pytest.mark.parametrize("extra, good", [
+    ({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, False), ({"function_call": {"name": "f"}}, False),
+    ({"reasoning_content": "hm"}, False), ({"thinking": ["", {"text": "hm"}]}, False), ({"reasoning_content": " "}, True),
+    ({"tool_calls": [], "function_call": None, "weight": 1, "train": True}, True)])
+def test_text_that_would_get_lost_makes_a_bad_record(extra, good):
+    system = {"role": "system", "content": "be brief"}
+    for at in range(3):
+        messages = [system, *chat("q", "a")]
+        messages[at] = messages[at] | extra
+        record = {"messages": [*messages, {"role": "user", "content": "more", "name": "what follows the answer is cut"}]}
+        if good:
+            assert dirl.read_chat(record) == [system, *chat("q", "a")]
+        else:
+            with pytest.raises(ValueError):
+                dirl.read_chat(record)
+    for answer in ("", " \n"):
+        with pytest.raises(ValueError):
+            dirl.read_chat({"messages": chat("q", answer)})
+
+
+def test_a_message_that_the_template_leaves_out_makes_a_record_unusable(policies, tmp_path, capsys, monkeypatch):
+    short_runs(monkeypatch)
+    folder = changed_copy(policies(4).folder, str(tmp_path / "model"))
+    Path(folder, "chat_template.jinja").write_text(THINKS)
+    developer = {"role": "developer", "content": "Answer in French."}
+    thoughts = [*chat("q", "<think>hm</think>a"), *chat("more", "b")]
+    records = [chat("q", "a"), [developer, *chat("q", "a")], thoughts, [*chat("q", "a"), developer, *chat("q", "a")]]
+    c, policy = flags("--stage", "sft", "--model", folder), dirl.load_policy(folder, flags("--stage", "sft"))
+    found = [dirl.encode(policy, c, record) for record in records]
+    assert [x is not None for x in found] == [True, False, True, False]
+    assert "hm" not in policy.tokenizer.decode(found[2][0]) and policy.tokenizer.decode(found[2][0]).count("<|user|>") == 2
+    jsonl(tmp_path / "chats.jsonl", *({"messages": x} for x in [*records, chat("?" * 500, "a")]))
+    main("--stage sft --steps 3 --batch 3", "--model", folder, "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "out")
+    lines, said = metrics(tmp_path / "out", "sft"), capsys.readouterr().out
+    assert lines[-1]["passed_over"] >= 9 and lines[0]["passed_over"] <= 6         # 9 of 4 or 5 epochs of 2 good in 5
+    assert re.search(rf"chats.jsonl: {lines[-1]['passed_over']} of [12]\d records passed over: longer than --max-length 384", said)
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"question": None, "problem": "1+1?", "answer": "2"}, ("1+1?", "2")),
+    ({"question": " ", "problem": "Q", "answer": 0}, ("Q", "0")),
+    ({"question": 5, "problem": "Q", "answer": "2"}, ("Q", "2")), ({"question": "Q", "answer": 1e-05}, ("Q", "1e-05")),
+    ({"question": "Q", "answer": math.nan, "solution": r"\boxed{7}"}, ("Q", "7")),
+    ({"question": "Q", "ground_truth_answer": math.inf, "answer": " 3 "}, ("Q", "3")),
+    ({"question": "Q", "ground_truth_answer": ["3"], "answer": "#### ", "solution": r"\boxed{4}"}, ("Q", "4"))])
+def test_the_first_field_that_says_something_counts(record, expected):
+    assert dirl.read_problem(record) == expected
+
+
+def test_held_out_questions_are_never_trained_on(tmp_path, monkeypatch):
+    """By their own hash: copies, order, other questions that are filtered and --max-length change nothing."""
+    records = [(f"{'  ' * (i % 3)}{i} +\n {i % 7}", str(i)) for i in range(100)]
+    kept, held_out = dirl.split(records * 2, [])
+    asked = [" ".join(q.split()) for q, _ in held_out]
+    assert len(asked) == len(set(asked)) == 10 and len(kept) == 180
+    assert not set(asked) & {" ".join(q.split()) for q, _ in kept}
+    assert sorted(dirl.split(records[::-1], [])[1]) == sorted(held_out)
+    spaced = [(q.replace(" ", "   "), a) for q, a in records]
+    assert [" ".join(q.split()) for q, _ in dirl.split(spaced, [])[1]] == asked
+    assert set(dirl.split(records[:95], [])[1]) - set(held_out) == set() or len(dirl.split(records[:95], [])[1]) == 9
+    assert dirl.split(records[:9], []) == (records[:9], [])         # fewer than ten distinct ones
+    assert dirl.split(records[:9] * 3, [])[1] == []
+    kept, held_out = dirl.split(records, [("99  + 1", "x")])        # those of --eval-data leave too
+    assert len(kept) == 99 and held_out == [("99  + 1", "x")]
+    jsonl(tmp_path / "a.jsonl", "1+1", "1 + 1")
+    jsonl(tmp_path / "b.jsonl", "1+1", "1 + 1")
+    monkeypatch.chdir(tmp_path)
+    c = flags("--data", "a.jsonl", "--eval-data", "b.jsonl")
+    with pytest.raises(SystemExit):
+        dirl.read_data(c)
+
+
+def test_end_tokens_of_both_files_stop(policies, tmp_path):
+    for n, (config, generation, expected) in enumerate((
+            ([256, 259], None, {256, 258, 259}), (256, [256, 260], {256, 258, 260}), (256, 261, {256, 258, 261}),
+            ([259], [256], {256, 258, 259}))):
+        folder = changed_copy(policies(4).folder, str(tmp_path / str(n)), eos_token_id=config)
+        if generation:
+            dirl.write_json(os.path.join(folder, "generation_config.json"), {"eos_token_id": generation})
+        policy = dirl.load_policy(folder, flags())
+        assert set(policy.stop_ids.tolist()) - {policy.end_id} == expected - {258} and policy.end_id in policy.stop_ids
+        assert policy.eos_id == (config[0] if isinstance(config, list) else config)
+
+
+def test_a_saved_folder_says_what_it_is(policies, tmp_path, capfd, monkeypatch):
+    short_runs(monkeypatch)
+    stale = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    source = changed_copy(policies(4).folder, tmp_path / "fp8", ["tie_word_embeddings"], quantization_config=stale)
+    dirl.save_policy(dirl.load_policy(str(source), flags()), str(tmp_path / "saved"))
+    config = dirl.read_json(tmp_path / "saved" / "config.json")
+    assert "quantization_config" not in config and config["tie_word_embeddings"] is False and config["torch_dtype"] == "float32"
+    changes = {"mask_token_id": 5}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, \
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 30.0, "factor": 2.0}}
+    for n, (change, *culprits) in enumerate(zip(changes, ("mask_token_id is 5", "'dynamic'", "'longrope'"),
+                                                (str(policies(4).mask_id), "length", "length"))):
+        folder = changed_copy(policies(4).folder, tmp_path / str(n), **change)
+        line = refused(capfd, "--stage sft --steps 1 --batch 1", "--model", folder, "--out", tmp_path / f"out{n}", quiet=True)
+        assert all(culprit in line for culprit in culprits), line
+    for folder in (Path(policies(4).folder), tmp_path / "masked"):  # as transformers 4 wants it: tried with 4.52.4
+        if folder.name == "masked":
+            without_mask_token(changed_copy(policies(4).folder, tmp_path / "plain", ["mask_token_id"], vocab_size=264), 264)
+            dirl.save_policy(dirl.load_policy(str(tmp_path / "plain"), flags()), str(folder))
+        config = dirl.read_json(folder / "tokenizer_config.json")
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["mask_token"] == "<|MASK|>"
+        assert not isinstance(config.get("extra_special_tokens", {}), list)
+        assert "<|im_end|>" in config["additional_special_tokens"]
+
+
+def test_moments_do_not_depend_on_who_looks_at_them(policies):
+    """Saving before the first step would make torch take one, with gradients of zero, that counts."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    moved = []
+    for looks in (False, True):
+        policy = copy.deepcopy(policies(4))
+        optimizer = dirl.make_optimizer(policy, flags("--lr", 1e-3))
+        if looks:
+            get_state_dict(policy.model, optimizer)
+        for weight in policy.model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved.append([weight.detach().clone() for weight in policy.model.parameters()])
+        assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+    assert all(torch.equal(a, b) for a, b in zip(*moved))
+
+
+def test_a_walk_goes_on_where_it_was_whatever_the_batch(policies, tmp_path, capsys, monkeypatch):
+    short_runs(monkeypatch)
+    walked, encode, out = [], dirl.encode, tmp_path / "out"
+    monkeypatch.setattr(dirl, "encode", lambda policy, c, record: (walked.append(record), encode(policy, c, record))[1])
+    jsonl(tmp_path / "chats.jsonl", *({"messages": chat("?" * (500 * (n % 4 == 0) + n), "a")} for n in range(40)))
+    argv = "--stage sft --save-every 2 --model", policies(4).folder, "--data", tmp_path / "chats.jsonl"
+    main(*argv, "--steps 4 --batch 9 --out", tmp_path / "whole")
+    whole, total = walked[:], metrics(tmp_path / "whole", "sft")[-1]["passed_over"]
+    walked.clear()
+    main(*argv, "--steps 2 --batch 9 --out", out)
+    main(*argv, "--steps 5 --batch 6 --resume --out", out)          # 18 and 18 examples, as 36 before
+    assert walked == whole and len(whole) == 36 + total             # a record is encoded when its turn comes, once
+    assert metrics(out, "sft")[-1]["passed_over"] == total > 0
+    line = refused(capsys, *argv, "--steps 3 --resume --out", out)
+    assert line == f"dirl.py: error: --steps 3: {out} holds sft up to step 5 already".removeprefix("dirl.py: error: ")
+    jsonl(tmp_path / "long.jsonl", *({"messages": chat("?" * (500 + n), "a")} for n in range(7)))
+    line = refused(capsys, *argv[:-1], tmp_path / "long.jsonl", "--steps 1 --out", tmp_path / "none")
+    assert "long.jsonl: 7 of 7 records passed over: longer than --max-length 384" in line
+
+
+def test_rewards_of_any_size():
+    """Rounding is no difference, large rewards and small ones are; and neither an infinite ratio nor a far reference is a NaN."""
+    for rewards, mixed in (([0.1 + 0.2] * 3 + [0.3] * 3, False), ([1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3], True), ([0.0] * 4, False),
+                           ([1e-30, 2e-30], True), ([-1e8, -1e8 - 1e-3], False), ([0, 1], True)):
+        assert dirl.is_mixed(rewards) == mixed
+        A = dirl.advantage(torch.tensor([rewards], dtype=torch.float64), True)[0]
+        assert (A != 0).any() == mixed and A.isfinite().all() and A.abs().max() < 2
+    A = dirl.advantage(torch.tensor([[1e8, 1e8 + 1, 1e8 + 2, 1e8 + 3]], dtype=torch.float64))
+    assert A.tolist() == [[-1.5, -0.5, 0.5, 1.5]]
+    assert dirl.advantage(torch.full((1, 3), 0.1), True).tolist() == [[0.0] * 3]        # float32, whose mean is rounded
+    for name, sign in itertools.product(("eq6", "eq7", "eq8"), (1.0, 0.0, -1.0)):
+        logp, one = torch.zeros(2, requires_grad=True), torch.ones(2)
+        J, clipped = J_of(name, logp, torch.tensor([-100.0, -0.1]), sign * one, 0.5 * one, torch.tensor([0, 1]))
+        gradient, = torch.autograd.grad(J, logp)
+        if sign > 0:
+            assert clipped.tolist() == [True, False] and float(J.detach()) == pytest.approx(0.5 * (1.2 + math.exp(0.1)))
+            assert gradient.tolist() == [0.0, pytest.approx(0.5 * math.exp(0.1))]
+        else:
+            assert (J == 0 and (gradient == 0).all()) if sign == 0 else (J == -math.inf and not gradient.isfinite().all())
+    logp = torch.zeros(3, requires_grad=True)
+    gradient, = torch.autograd.grad(dirl.kl_term(logp, torch.tensor([50.0, -50.0, 1e-4])).sum(), logp)
+    assert gradient.tolist() == pytest.approx([-50.0, 50.0, -1e-4])
+
+
+def test_nodes_of_unequal_size_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(dirl.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dirl.dist, "init_process_group", lambda *args, **more: None)
+    monkeypatch.setattr(dirl, "gather", lambda ranks: [2, 2, 1])
+    with pytest.raises(SystemExit) as end:
+        dirl.start_ranks()
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- the GPU path's costs, as far as a CPU sees them --------------------------------------------------------------------
+
+def test_the_recipe_sleeps_on_small_cards_only(policies, monkeypatch):
+    monkeypatch.setattr(dirl, "gpu_memory", lambda: 141e9)
+    for memory, argv, expected in (
+            (80e9, [], (True, 0.7)), (141e9, [], (False, 0.4)), (80e9, ["--engine", "torch"], (False, 0.4)),
+            (80e9, ["--stage", "sft"], (False, 0.4)), (80e9, ["--engine-memory", 0.5], (True, 0.5))):
+        monkeypatch.setattr(dirl, "gpu_memory", lambda: memory)
+        c = flags("--model", "somewhere", "--recipe", "paper", *argv)
+        assert (c.sleep, c.engine_memory) == expected
+    monkeypatch.setattr(dirl, "gpu_memory", lambda: 80e9)
+    assert not flags("--model", "somewhere").sleep
+
+
+def test_long_rows_are_padded_little():
+    """Documents of 600 to 36,600 tokens, in rows of 16,384 and beyond: at most 7% is padding, in at most 24 lengths."""
+    g, used, padded, lengths = torch.Generator().manual_seed(0), 0, 0, set()
+    for _ in range(200):
+        documents = (600 * (torch.rand(64, generator=g) * math.log(61)).exp()).long().tolist()
+        rows, capacity = dirl.deal(documents, 16384)
+        for row in rows:
+            n = sum(documents[i] for i in row)
+            used, padded = used + n, padded + dirl.row_length(n, capacity)
+            lengths.add(dirl.row_length(n, capacity))
+    print(f"padding {padded / used - 1:.3f}, {len(lengths)} lengths")
+    assert padded / used - 1 <= 0.07 and len(lengths) <= 24
+
+
+def test_a_temperature_of_one_divides_nothing(monkeypatch):
+    logits, divided = torch.randn(2, 5), []
+    monkeypatch.setattr(torch.Tensor, "__truediv__", lambda x, y: divided.append(y) or torch.div(x, y))
+    plain = dirl.log_policy(logits, 1.0, 4)
+    assert divided == [] and torch.equal(plain, dirl.log_policy(2 * logits, 2.0, 4)) and divided == [2.0]
+
+
+def test_ranks_send_each_other_small_trajectories(policies):
+    policy = copy.copy(policies(4))
+    policy.stop_ids = torch.tensor([policy.mask_id])                # a long output
+    made, = dirl.decode(policy, [[5] * 9], [(0, 0)], flags("--max-new-tokens", 1000, "--unmask", "static"))
+    assert made.output.dtype == made.prompt.dtype == torch.int32 and made.steps.dtype == torch.int16 and len(made.output) == 1003
+    assert len(pickle.dumps(made)) < 10 * 1003 + 3000
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
