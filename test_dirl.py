@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import pkgutil
 import re
 import resource
@@ -1683,8 +1684,8 @@ FLAGS = [  # stage, flag, two values that must differ in something (-: not given
     "rl threshold 0.3 0.9", "rl confidence top1 drawn --unmask static --temperature 2", "rl slots 3 256",
     "rl objective eq7 eq6", "rl eps 0.01 0.2 --updates 3 --lr 0.1", "rl eps-high 0.01 0.2 --updates 3 --lr 0.01",
     "rl beta 0 1 --objective eq7 --updates 2", "rl adv-std - +", "rl updates 1 2", "rl importance - 0.5",
-    "rl reward flat:reward flat:length", "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other", "rl no-thinking - + --model thinks",
-    "rl stage sft rl --batch 2"]
+    "rl reward flat:reward flat:length", "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other",
+    "rl no-thinking - + --model thinks", "rl stage sft rl --batch 2"]
 
 
 def test_every_flag_changes_something(checkpoint, policies, tmp_path, tmp_path_factory, capsys, monkeypatch):
@@ -2177,7 +2178,7 @@ def test_a_temperature_of_one_divides_nothing(monkeypatch):
 def test_ranks_send_each_other_small_trajectories(policies):
     policy = copy.copy(policies(4))
     policy.stop_ids = torch.tensor([policy.mask_id])                # a long output
-    made, = dirl.decode(policy, [[5] * 9], [(0, 0)], flags("--max-new-tokens", 1000, "--unmask", "static"))
+    made, = dirl.decode(policy, [[5] * 9], [(0, 0)], flags("--max-new-tokens", 1000, "--threshold", 0))
     assert made.output.dtype == made.prompt.dtype == torch.int32 and made.steps.dtype == torch.int16 and len(made.output) == 1003
     assert len(pickle.dumps(made)) < 10 * 1003 + 3000
 
@@ -2315,7 +2316,7 @@ def test_what_stands_above_the_cut_needs_nothing_but_torch():
 
 
 def test_readme_commands_run(checkpoint, policies, tmp_path, monkeypatch, capsys):
-    """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements in tests of their own."""
+    """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements elsewhere."""
     monkeypatch.chdir(tmp_path)
     short_runs(monkeypatch, held_out=4)
     jsonl("chats.jsonl", {"messages": chat("?", "!")})
