@@ -4,6 +4,7 @@
     python .github/measure.py --bench       the authors' layout and ours: tokens, seconds, memory, differences
     python .github/measure.py --rollouts    LMDeploy as it is and with the hook; weight updates awake and after sleep
     python .github/measure.py --one-step    one-step log-probabilities against exact ones, RL with both
+    python .github/measure.py --mismatch    RL whose sampler is not the trainer, with and without --importance
     python .github/measure.py --gpu         what one 80 GB GPU must tell, within nine minutes
     ... --small                             the same in its smallest form, for the tests
 
@@ -11,8 +12,10 @@ Without a GPU, LMDeploy runs on the stand-ins of stand_ins.py."""
 import argparse
 import asyncio
 import contextlib
+import copy
 import io
 import itertools
+import json
 import os
 import re
 import resource
@@ -398,6 +401,66 @@ def one_step():
                 dirl.trajectory_document = TRAJECTORY_DOCUMENT
 
 
+# ---- --mismatch: RL with a sampler that is not the trainer ------------------------------------------------------------
+
+
+def rounded(grain):
+    """The sampler's logits become multiples of `grain` nats, as those of a coarser number format; greedy answers do not."""
+    denoise = dirl.denoise
+
+    def coarse(logits, masked, u, *rest):
+        return denoise(logits if u is None else (logits / grain).round() * grain, masked, u, *rest)
+    return {"denoise": coarse}
+
+
+def stale(age):
+    """The sampler's weights are those of `age` steps ago; greedy answers come from today's."""
+    class Stale(dirl.TorchEngine):
+        def __init__(self, policy, c):
+            super().__init__(policy, c)
+            self.history = []
+
+        def generate(self, prompts, keys, greedy=False):
+            if greedy:
+                return super().generate(prompts, keys, greedy)
+            model, today = self.policy.model, copy.deepcopy(self.policy.model.state_dict())
+            model.load_state_dict(self.history[max(0, len(self.history) - age)] if self.history else today)
+            made = super().generate(prompts, keys)
+            model.load_state_dict(today)
+            return made
+
+        def update_weights(self):
+            self.history.append(copy.deepcopy(self.policy.model.state_dict()))
+    return {"TorchEngine": Stale}
+
+
+def mismatch():
+    """The tiny model after SFT, then RL by samplers that differ from the trainer. A line a run, then its rewards."""
+    short = ["--steps", 3, "--max-new-tokens", 8] if SMALL else []
+    dirl.MAX_LOGP_GAP = float("inf")
+    if SMALL:                                  # after three steps of SFT no answer is right
+        alternating = itertools.cycle((0.0, 1.0))
+        dirl.arithmetic_reward, dirl.HELD_OUT = lambda answer, truth: next(alternating), 4
+    samplers = {"the trainer": {}, "logits in steps of 0.5": rounded(0.5), "logits in steps of 1": rounded(1.0),
+                "weights 8 steps old": stale(8)}
+    original = {name: getattr(dirl, name) for changes in samplers.values() for name in changes}
+    for seed in (0,) if SMALL else (0, 1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            last_line("--stage", "sft", "--seed", seed, "--out", folder, *short)
+            for (name, changes), C in itertools.product(samplers.items(), (None, 3)):
+                out = os.path.join(folder, f"{name} {C}")
+                vars(dirl).update(original | changes)
+                line = last_line("--seed", seed, "--model", os.path.join(folder, "sft"), "--out", out, *short,
+                                 *["--importance", C] * bool(C))
+                with open(os.path.join(out, "rl.metrics.jsonl"), encoding="utf-8") as file:
+                    steps = [json.loads(step) for step in file if '"reward"' in step]
+                gap, share = (statistics.mean(step[x] for step in steps if step.get(x) is not None) if C or x == "logp_gap" else 1.0
+                              for x in ("logp_gap", "importance_ess"))
+                print(f"seed {seed}, sampler: {name}, --importance {C}: logp_gap {gap:.3f}, effective share {share:.2f}; {line}")
+                print("    rewards " + " ".join(f"{step['reward']:.3f}" for step in steps))
+            vars(dirl).update(original)
+
+
 # ---- --gpu: what one 80 GB GPU must tell -----------------------------------------------------------------------------
 
 
@@ -510,7 +573,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choice = parser.add_mutually_exclusive_group(required=True)
-    for function in (bench, rollouts, one_step, gpu):
+    for function in (bench, rollouts, one_step, mismatch, gpu):
         name = function.__name__
         choice.add_argument("--" + name.replace("_", "-"), action="store_const", const=[name], dest="part")
     choice.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
