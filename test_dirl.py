@@ -1996,7 +1996,8 @@ def test_a_message_that_the_template_leaves_out_makes_a_record_unusable(policies
     main("--stage sft --steps 3 --batch 3", "--model", folder, "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "out")
     lines, said = metrics(tmp_path / "out", "sft"), capsys.readouterr().out
     assert lines[-1]["passed_over"] >= 9 and lines[0]["passed_over"] <= 6         # 9 of 4 or 5 epochs of 2 good in 5
-    assert re.search(rf"chats.jsonl: {lines[-1]['passed_over']} of [12]\d records passed over: longer than --max-length 384", said)
+    passed_over = lines[-1]["passed_over"]
+    assert re.search(rf"chats.jsonl: {passed_over} of [12]\d records passed over: longer than --max-length 384", said)
 
 
 @pytest.mark.parametrize("record, expected", [
