@@ -1687,7 +1687,8 @@ def read_config(folder, c):
 def eos_ids(folder, config):
     """The end tokens of config.json, then those of generation_config.json: decoding stops at all."""
     path = os.path.join(folder, "generation_config.json")
-    found = [config["eos_token_id"], read_json(path).get("eos_token_id", []) if os.path.exists(path) else []]
+    generation = read_json(path).get("eos_token_id") if os.path.exists(path) else None
+    found = config["eos_token_id"], [] if generation is None else generation
     return [x for ids in found for x in (ids if isinstance(ids, list) else [ids])]
 
 
