@@ -458,7 +458,7 @@ class Policy:
     def __post_init__(self):
         self.B, self.mask_id = self.config["block_size"], self.config["mask_token_id"]
         self.eos_id = self.eos_ids[0]                                  # fills the last block of an SFT answer
-        self.stop_ids = torch.tensor([self.end_id, *self.eos_ids]).unique()
+        self.stop_ids = torch.tensor(sorted({self.end_id, *self.eos_ids}))
         self.device = self.model.device
 
     def hidden(self, ids, pos, mask, cache=None):
