@@ -1513,42 +1513,52 @@ def last_boxed(text):
             return rest[1:i]
 
 
-SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-         "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3", "°": " degrees", "…": "...",
-         r"\langle": "(", r"\rangle": ")", "{,}": ",", r"\%": "%"}
+SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ",
+         "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "⟨": "(", "⟩": ")", r"\langle": "(",
+         r"\rangle": ")", "{,}": ",", r"\%": "%", "°": " ", r"\degree": ""}
 FORMS = (                        # (pattern, what takes its place), in this order
-    (r"\\(left|right|displaystyle|!)(?![a-z])|\\?\$", ""), (r"(?<!\\)\\[,;: ]|~", " "),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \2 "),
-    (r"\\[lc]?dots(?![a-z])", "..."), (r"\^\{?\\circ\}?", " degrees"), ("%", r"\\%"), (r"\*", r"\\cdot "),
-    (r"(?<=\d)[ ,](?=\d{3}(\D|$))(?!\d{3}\s*/)", ""),                                   # 1 234 and 1,234
+    (r"\\(left|right|[bB]igg?[lr]?|displaystyle|!)(?![a-z])|\\?\$", ""), (r"(?<!\\)\\[,;: ]|[~\s]", " "),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\[lc]?dots[bc]?(?![a-z])", "..."), (r"\^\{?\\circ\}?|degrees?", ""),
+    (r"\\(text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \2 "), (r"\*\*", "^"),
+    (r"%", r"\\%"), (r"\*", r"\\cdot "), (r"\^\{(-?\d+)\}|\^(-?\d+)", r"^{\1\2}"),
+    (r"(?<![\d.,({\[])[1-9]\d{0,2}((,\d{3})+|( \d{3})+)(?![\d,/]| [\d/])",
+     lambda number: re.sub("[ ,]", "", number[0])),                                     # 1 234 and 1,234
     (r"(?<![\w.])(\d+\.?\d*)[eE]([+-]?)0*(\d+)(?!\w)", r"\1\\times 10^{\2\3}"),         # 6.02e23
-    (r"(?<![\\a-z])(sqrt|pi|infty)(?![a-z])", r"\\\1 "), (r"(?<![\\a-z])infinity(?![a-z])", r"\\infty "),
+    (r"(?<=\d)_\{?(\d+)\}?$", r" base^{\1}"), (r"(?<![\\a-z])(sqrt|pi|infty)(?![a-z])", r"\\\1 "),
+    (r"(?<![\\a-z])infinity(?![a-z])", r"\\infty "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s+([\w.]+)", r"\\sqrt{\1}"),
     (r"(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),                      # 2\frac{1}{4}
     (r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./])", r"(\1+\\frac{\2}{\3})"))        # 2 1/4
-UNIT = r"(?!and |or |to |mod )(?:[A-Za-z]{2}|[mgshLKNJWVAC](?![A-Za-z]))(?:[A-Za-z /.-]|\^\{?-?\d\}?)*"
+UNIT = r"(?!and |or |to |mod )(?:[A-Za-z]{2}|[mgshLKNJWVAC](?![A-Za-z]))(?:[A-Za-z /.-]|\^\{-?\d+\})*"
+UNITS = (("per ", "/"), (r"(\w\w)s\b", r"\1"), ("kilo", "k"), ("centi", "c"), ("milli", "m"), ("gram", "g"),
+         ("met(er|re)", "m"), ("hour|hr", "h"), ("minute", "min"), ("second", "s"), ("feet|foot", "ft"),
+         ("inche?", "in"), ("mile", "mi"), ("kmph", "km/h"), ("mph", "mi/h"), ("celsiu", "c"),
+         (r"squ?a?r?e?\.? (\w+)", r"\1^{2}"), (r"cubic (\w+)", r"\1^{3}"), (" ", ""))
 
 
 def plain(text):
     """(value, unit) of a final answer, brought to one form: two ways to type an answer become one text."""
-    text = re.sub("[¼-¾⅐-⅞]", lambda x: " " + unicodedata.normalize("NFKC", x[0]).replace("⁄", "/"), text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", re.sub("[²³¹⁰-⁹]+", r"^{\g<0>}", text))
+    text = unicodedata.normalize("NFKC", text)
     for sign, word in SIGNS.items():
         text = text.replace(sign, word)
     for pattern, form in FORMS:
         text = re.sub(pattern, form, text)
-    text = " ".join(text.split()).rstrip(". ")
+    text = re.sub(r"(?<![\\A-Za-z])([A-Za-z]{3,}|No)", lambda word: word[0].lower(), " ".join(text.split()))
+    text = text if text.endswith("..") else text.rstrip(". ")
     number = re.fullmatch(rf"(.*[\d)}}])\s+({UNIT})", text)
     value, unit = number.groups() if number else (text, "")
-    unit = unit.lower().replace(" per ", "/").replace(" ", "").rstrip("s")
+    unit = unit.lower()
+    for pattern, form in UNITS:
+        unit = re.sub(pattern, form, unit)
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", value), unit
 
 
 def close(gold, found):
-    """Whether values that math-verify calls equal are so relatively too: it rounds what is near 0 to 0."""
+    """Whether values that math-verify calls equal are so relatively too: it takes what is near 0 for 0."""
     if getattr(gold, "is_number", False) and getattr(found, "is_number", False):
-        gold, found = complex(gold.evalf()), complex(found.evalf())
-        return abs(gold - found) <= 1e-5 * max(abs(gold), abs(found))
+        gold, found = gold.evalf(), found.evalf()
+        return bool(abs(gold - found) <= 1e-5 * max(abs(gold), abs(found)))
     parts = [list(x.flat() if hasattr(x, "flat") else getattr(x, "args", ())) for x in (gold, found)]
     return type(gold) is not type(found) or len(parts[0]) != len(parts[1]) or all(map(close, *parts))
 
@@ -1564,14 +1574,15 @@ def math_reward(answer, truth):
     (gold, gold_unit), (found, found_unit) = plain(truth), plain(boxed)
     if gold_unit and found_unit and gold_unit != found_unit:
         return 0.0
-    texts = {re.sub(r"(?<!\d) | (?!\d)", "", value) for value in (gold, found)}
-    if len(texts) == 1:
+    if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", found):
         return 1.0
-    if "..." in gold + found or len(gold) == len(found) == 1 and (gold + found).isalpha():
-        return 0.0                                                     # sequences and choices are their text
+    both = f"{gold} {found}"
+    if "..." in both or gold.lower() == found.lower() or re.search(r"(?<![\\a-z{])[a-z]{4}", both):
+        return 0.0                                                 # sequences, choices, words: as they stand
     try:
         gold, found = (parse(f"\\boxed{{{x}}}", parsing_timeout=2) for x in (gold, found))
-        return float(verify(gold, found, timeout_seconds=2) and close(gold[0], found[0]))
+        equal = verify(gold, found, timeout_seconds=2)
+        return float(equal and ("%" in both or close(gold[0], found[0])))      # 50% is 50 and 0.5
     except (Exception, TimeoutException):                          # whatever the model wrote, it is no answer
         return 0.0
 
