@@ -458,7 +458,7 @@ class Policy:
     def __post_init__(self):
         self.B, self.mask_id = self.config["block_size"], self.config["mask_token_id"]
         self.eos_id = self.eos_ids[0]                                  # fills the last block of an SFT answer
-        self.stop_ids = torch.tensor([self.end_id, *self.eos_ids]).unique()
+        self.stop_ids = torch.tensor(sorted({self.end_id, *self.eos_ids}))
         self.device = self.model.device
 
     def hidden(self, ids, pos, mask, cache=None):
@@ -1687,7 +1687,8 @@ def read_config(folder, c):
 def eos_ids(folder, config):
     """The end tokens of config.json, then those of generation_config.json: decoding stops at all."""
     path = os.path.join(folder, "generation_config.json")
-    found = [config["eos_token_id"], read_json(path).get("eos_token_id", []) if os.path.exists(path) else []]
+    generation = read_json(path).get("eos_token_id") if os.path.exists(path) else None
+    found = config["eos_token_id"], [] if generation is None else generation
     return [x for ids in found for x in (ids if isinstance(ids, list) else [ids])]
 
 

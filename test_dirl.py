@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import pkgutil
 import re
 import resource
@@ -178,8 +179,7 @@ def short_runs(monkeypatch, held_out=0):
 
 def metrics(out, stage):
     """The lines of a run's metrics; of RL without step 0, which is only an evaluation."""
-    with open(os.path.join(out, f"{stage}.metrics.jsonl"), encoding="utf-8") as file:
-        return [line for line in map(json.loads, file) if stage != "rl" or "reward" in line]
+    return [line for line in lines_of(out, f"{stage}.metrics.jsonl") if stage != "rl" or "reward" in line]
 
 
 # ---- the default run, first: another worker goes through the rest meanwhile ------------------------------------------
@@ -1684,8 +1684,8 @@ FLAGS = [  # stage, flag, two values that must differ in something (-: not given
     "rl threshold 0.3 0.9", "rl confidence top1 drawn --unmask static --temperature 2", "rl slots 3 256",
     "rl objective eq7 eq6", "rl eps 0.01 0.2 --updates 3 --lr 0.1", "rl eps-high 0.01 0.2 --updates 3 --lr 0.01",
     "rl beta 0 1 --objective eq7 --updates 2", "rl adv-std - +", "rl updates 1 2", "rl importance - 0.5",
-    "rl reward flat:reward flat:length", "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other", "rl no-thinking - + --model thinks",
-    "rl stage sft rl --batch 2"]
+    "rl reward flat:reward flat:length", "rl data - data.jsonl", "sft recipe - paper --data chats.jsonl", "rl model - other",
+    "rl no-thinking - + --model thinks", "rl stage sft rl --batch 2"]
 
 
 def test_every_flag_changes_something(checkpoint, policies, tmp_path, tmp_path_factory, capsys, monkeypatch):
@@ -1996,7 +1996,8 @@ def test_a_message_that_the_template_leaves_out_makes_a_record_unusable(policies
     main("--stage sft --steps 3 --batch 3", "--model", folder, "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "out")
     lines, said = metrics(tmp_path / "out", "sft"), capsys.readouterr().out
     assert lines[-1]["passed_over"] >= 9 and lines[0]["passed_over"] <= 6         # 9 of 4 or 5 epochs of 2 good in 5
-    assert re.search(rf"chats.jsonl: {lines[-1]['passed_over']} of [12]\d records passed over: longer than --max-length 384", said)
+    passed_over = lines[-1]["passed_over"]
+    assert re.search(rf"chats.jsonl: {passed_over} of [12]\d records passed over: longer than --max-length 384", said)
 
 
 @pytest.mark.parametrize("record, expected", [
@@ -2178,7 +2179,7 @@ def test_a_temperature_of_one_divides_nothing(monkeypatch):
 def test_ranks_send_each_other_small_trajectories(policies):
     policy = copy.copy(policies(4))
     policy.stop_ids = torch.tensor([policy.mask_id])                # a long output
-    made, = dirl.decode(policy, [[5] * 9], [(0, 0)], flags("--max-new-tokens", 1000, "--unmask", "static"))
+    made, = dirl.decode(policy, [[5] * 9], [(0, 0)], flags("--max-new-tokens", 1000, "--threshold", 0))
     assert made.output.dtype == made.prompt.dtype == torch.int32 and made.steps.dtype == torch.int16 and len(made.output) == 1003
     assert len(pickle.dumps(made)) < 10 * 1003 + 3000
 
@@ -2224,18 +2225,6 @@ def test_eval_table_equals_its_answers_on_any_number_of_ranks(checkpoint, tmp_pa
     assert_printed(capsys.readouterr().out, lines)
     assert [line["sample"] for line in lines[:6]] == [0, 1, 2, 0, 1, 2] and any(line["truncated"] for line in lines)
     assert any(len({line["answer"] for line in lines if line["problem"] == i}) > 1 for i in range(60))
-
-
-def test_both_engines_evaluate_alike(policies, lmdeploy_engine, tmp_path):
-    policy, answers, rows = policies(4), [], []
-    problems = [dirl.Problem(prompt, "", str(i)) for i, prompt in enumerate(prompts_of_every_remainder(policy))]
-    for build in (dirl.TorchEngine, lmdeploy_engine):
-        for n, rule in enumerate((("static",), ("dynamic", "--threshold", 0.3), ("dynamic", "--threshold", 0.6), ("dynamic",))):
-            c = flags("--max-new-tokens", 21, "--unmask", *rule, "--out", tmp_path / f"{build.__name__}{n}")
-            os.makedirs(c.out)
-            rows.append(dirl.evaluate(policy, build(policy, c), c, problems, lambda answer, truth: len(answer) % 2))
-            answers.append(Path(c.out, "eval.jsonl").read_text())
-    assert answers[:4] == answers[4:] and rows[:4] == rows[4:] and len({row["eval_tokens_per_step"] for row in rows}) == 4
 
 
 def test_rl_evaluates_on_its_way(checkpoint, tmp_path, monkeypatch, capsys):
@@ -2328,7 +2317,7 @@ def test_what_stands_above_the_cut_needs_nothing_but_torch():
 
 
 def test_readme_commands_run(checkpoint, policies, tmp_path, monkeypatch, capsys):
-    """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements with --help."""
+    """Those for the tiny model as they stand, but short; those for checkpoints on a stand-in; measurements elsewhere."""
     monkeypatch.chdir(tmp_path)
     short_runs(monkeypatch, held_out=4)
     jsonl("chats.jsonl", {"messages": chat("?", "!")})
@@ -2342,8 +2331,7 @@ def test_readme_commands_run(checkpoint, policies, tmp_path, monkeypatch, capsys
         shutil.copytree(checkpoint, f"runs/tiny-0/{name}")
     rl = "--prompts 1 --group-size 2 --max-new-tokens 4 --save-every 1"
     short = {"sft": "--batch 2 --save-every 1", "rl": rl, "eval": "--max-new-tokens 4", "show": ""}
-    measurements = succeeded([sys.executable, os.path.join(HERE, ".github", "measure.py"), "--help"])
-    assert all(name in measurements for name in re.findall(r"`python\s+\.github/measure\.py\s+(--[\w-]+)", README))
+    measurements = Path(HERE, ".github", "measure.py").read_text(encoding="utf-8")
     known = {"--nnodes", *re.findall("--[a-z-]+", measurements), *("--" + name.replace("_", "-") for name in vars(flags()))}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known            # flags, wherever they are named
     lines, ran, stages = re.findall(r"^    ((?:pip|python|torchrun) .*)", README, re.M), 0, set()
@@ -2427,13 +2415,14 @@ def same_run(a, b):
     x, y = files_under(a), files_under(b)
     assert without_seconds(a) == without_seconds(b) and x.keys() == y.keys()
     assert all(x[path] == y[path] for path in x if path.name not in ("rl.metrics.jsonl", "rl.run.json", ".metadata"))
+    flags_of_a, flags_of_b = (dirl.read_json(out / "rl.run.json")["flags"] for out in (a, b))
+    assert without(flags_of_a, "out", "resume") == without(flags_of_b, "out", "resume")
 
 
 def on_ranks(*calls):
     """Each call, (n, nodes, function of this file, arguments), on n ranks, which are forks of one process: so everything is
     imported once."""
-    said = succeeded([sys.executable, "-c", f"import {MODULE}\nfor call in {calls!r}:\n    {MODULE}.fork_ranks(*call)"])
-    return said
+    succeeded([sys.executable, "-c", f"import {MODULE}\nfor call in {calls!r}:\n    {MODULE}.fork_ranks(*call)"])
 
 
 def fork_ranks(n, *call):
@@ -2630,8 +2619,8 @@ def gradients(folder, file):
             view = (row["view"][row["reads"]] - 1,) if objective == "eq8" else ()
             old = row["logp_sampler"] if objective == "eq6" else None
             return -getattr(dirl, objective)(policy.score(row)[0], old, row["A"], row["w"], 0.2, 0.2, *view)[0]
-        chosen = groups if n == 2 else [dirl.Group(groups[0].trajectories[:2], None, groups[0].rewards[:2])]
-        # of two trajectories: a third rank has none
+        two = dirl.Group(groups[0].trajectories[:2], None, groups[0].rewards[:2])      # of which a third rank has none
+        chosen = groups if n == 2 else [two]
         keep(f"{objective} {n}", dirl.dipo_rows(policy, changed(c, objective=objective), chosen)[0], loss_of)
     if dirl.rank() == 0:
         save_file({name: tensor.detach().clone() for name, tensor in found.items()}, file)
@@ -2750,10 +2739,9 @@ def test_three_ranks_killed_amid_a_save_and_resumed_as_if_nothing_had_happened(c
 def test_a_rank_that_raises_ends_all_with_its_message(checkpoint, tmp_path):
     (tmp_path / "broken.py").write_text("import os\ndef reward(answer, truth):\n    if os.environ['RANK'] == '1':\n"
                                         "        raise ValueError('the reward of rank one broke')\n    return 0\n")
-    start = time.time()
     code, _, err = finished(torchrun(2, SHORT_RL, "--model", checkpoint, "--out", tmp_path / "run",
                                      "--reward broken:reward", script=short_script(tmp_path)))
-    assert code != 0 and "the reward of rank one broke" in err and time.time() - start < 60
+    assert code != 0 and "the reward of rank one broke" in err
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_states_before(checkpoint, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@
     python .github/measure.py --rollouts    LMDeploy as it is and with the hook; weight updates awake and after sleep
     python .github/measure.py --one-step    one-step log-probabilities against exact ones, RL with both
     python .github/measure.py --mismatch    RL whose sampler is not the trainer, with and without --importance
+    python .github/measure.py --memory      peak memory a GPU and FLOPs of a training step, simulated without a GPU
     python .github/measure.py --gpu         what one 80 GB GPU must tell, within nine minutes
     ... --small                             the same in its smallest form, for the tests
 
@@ -473,6 +474,156 @@ def mismatch_run(folder, seed, name, C, short):
     print("    rewards " + " ".join(f"{reward:.3f}" for reward in rewards))
 
 
+# ---- --memory: a training step in fake tensors -----------------------------------------------------------------------
+
+# 4B: Qwen3-4B's dimensions (scripts/models/qwen3-4B.sh of THUDM/slime); 8B: the paper's base, as in SDAR-8B-Chat.
+SIZES = {"1.7B": SDAR, "4B": SDAR | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                                         tie_word_embeddings=True),
+         "8B": SDAR | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32), "tiny": {}}
+CARD, DENSE_BF16, UTILISATION = 80e9, 989e12, 0.6          # bytes; FLOP/s of an H100 or H200; a guess
+LONGEST = 8192 + 8192 + B * 8192                           # --recipe paper, one token a step
+
+
+class KeepsWhatFlexKeeps(torch.autograd.Function):
+    """FlexAttention's memory: it saves q, k, v, its output and a log-sum-exp a query and head, never the scores."""
+    @staticmethod
+    def forward(context, q, k, v):
+        out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        context.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(context, gradient):
+        return tuple(torch.empty_like(x) for x in context.saved_tensors[:3])
+
+
+def fake_attention(module, query, key, value, mask, scaling, cache=None, **unused):
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return KeepsWhatFlexKeeps.apply(query, key, value).transpose(1, 2), None
+
+
+def simulated(size, gpus, N, R, beta, compute=torch.bfloat16, checkpointing=True):
+    """One training step of a rank of `gpus`, two rows of N tokens of which R are read, in fake tensors: (bytes by kind at
+    the peak, and `kept` for the backward; matrix FLOPs of a row; weights). It runs dirl's shard, make_optimizer, Policy.hidden, log_probs, eq7 and
+    kl_term. In the place of: the mesh, made beforehand; Module.to, since fake weights are float32 on their device already;
+    the root's forward, which the tracker wants, for model.base; attention; Policy.score's mask; Eq. 8, whose number of
+    steps a fake tensor does not know; clip and optimizer.step, which allocate little. Moments are made before the step."""
+    import transformers
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils.flop_counter import FlopCounterMode
+    os.environ |= {"LOCAL_WORLD_SIZE": str(gpus), "WORLD_SIZE": str(gpus), "RANK": "0"}
+    torch.distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    mesh = dirl.init_device_mesh("cpu", (1, gpus), mesh_dim_names=("replicate", "shard"))["shard"]
+
+    class Mesh:
+        def get_all_groups(self):
+            return []
+
+        def __getitem__(self, name):
+            return mesh
+    dirl.init_device_mesh, dirl.attention = lambda *args, **more: Mesh(), fake_attention
+    torch.nn.Module.to = lambda self, *args, **more: self
+    transformers.Qwen3ForCausalLM.forward = lambda self, **inputs: self.model(**inputs)
+    tiny = dict(vocab_size=262, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32)
+    config = dict(tie_word_embeddings=False, rms_norm_eps=1e-6) | tiny | SIZES[size]
+
+    def policy():
+        model = transformers.Qwen3ForCausalLM(dirl.qwen3_config({x: y for x, y in config.items() if x != "torch_dtype"}))
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        dirl.shard(model, compute).base = model.__call__
+        return dirl.Policy(model.train(), None, "", config | {"block_size": B, "mask_token_id": 9}, 0, [0], 1.0)
+
+    def logp_of(policy):
+        ids, target = torch.zeros(1, N, dtype=torch.long), torch.zeros(R, dtype=torch.long)
+        hidden = policy.hidden(ids, torch.arange(N)[None], None)[0, :R]
+        return dirl.log_probs(hidden, policy.model.lm_head.weight, target, 1.0, 9)[0]
+
+    def row(policy, reference):
+        with torch.no_grad():
+            logp_ref = logp_of(reference) if reference else None
+        if reference:
+            reference.model.reshard()
+        logp = logp_of(policy)
+        loss = -dirl.eq7(logp, None, torch.ones(R), torch.ones(R), 0.2, 0.2)[0]
+        kept.append(tracker.get_tracker_snapshot("current")[torch.device("cpu")])          # for the backward
+        (loss + (dirl.kl_term(logp, logp_ref).sum() if reference else 0)).backward()
+    with FakeTensorMode():
+        trained, reference = policy(), policy() if beta else None
+        n = sum(weight.numel() for weight in trained.model.parameters())
+        kept, tracker = [], FSDPMemTracker(trained.model, dirl.make_optimizer(trained, flags()))
+        tracker.track_inputs(())
+        with tracker:
+            row(trained, reference)                        # the second row finds gradients there
+            tracker.reset_mod_stats()
+            row(trained, reference)
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        with FlopCounterMode(display=False) as flops:
+            row(trained, reference)
+    at_peak, after_forward = ({str(kind).rsplit(".", 1)[-1].lower(): size for kind, size in found.items()} for found in (peak, kept[1]))
+    return at_peak | {"kept": after_forward["act"]}, flops.get_total_flops(), n
+
+
+def attention_flops(size, P, L, per_step):
+    """Of one trajectory's visible pairs: a forward is 4 FLOPs a pair and channel; twice with recompute, 2.5 more backward."""
+    config, pairs = SIZES[size], sum(B * (k + 1) * B for k in range((P + L) // B))
+    pairs += sum(-(-B // per_step) * B * (k + 1) * B for k in range(P // B, (P + L) // B))
+    return 4.5 * 4 * pairs * config["num_attention_heads"] * config["head_dim"] * config["num_hidden_layers"]
+
+
+def memory_case(size, gpus, N, R, beta):
+    """A line of the table, in GB (10^9 bytes); for 8 GPUs that of 64 too, which have a replica on each node."""
+    gpus, N, R, beta = int(gpus), int(N), int(R), beta == "True"
+    peak, _, n = simulated(size, gpus, N, R, beta)
+    kinds = (("sharded_param",), ("unsharded_param",), ("sharded_grad", "unsharded_grad"), ("opt",), ("act", "buffer", "inp"),
+             ("temp", "all_gather", "reduce_scatter"))
+    for ranks in (8, 64) if gpus == 8 else (gpus,):
+        parts = [sum(peak.get(kind, 0) for kind in group) / 1e9 for group in kinds]
+        if ranks > 8:                                      # averaging over nodes: the largest unit's gradient once more
+            parts[-1] += 4 * SIZES[size]["vocab_size"] * SIZES[size]["hidden_size"] * (1 + (size != "4B")) / 8 / 1e9
+        engine, card = 2 * n / 1e9, CARD / 1e9
+        cache = 0.4 * (card - parts[0] - engine)
+        print(f"{size:5} {ranks:4} {N:7,} {'yes' if beta else 'no':>4} " + " ".join(f"{x:8.1f}" for x in (*parts, sum(parts)))
+              + f" | {engine:8.1f} {cache:8.1f} {card - sum(parts) - engine - cache:8.1f} {card - sum(parts):8.1f}")
+
+
+def memory_flops(size):
+    """Training of Fig. 6's set-up, 4 trajectories a GPU of 1024 + 8192 tokens: matrix FLOPs of a simulated row, scaled in its
+    two parts, layers by tokens and vocabulary projection by reads; attention's by formula; before and after this padding."""
+    config, N0, R0 = SIZES[size], 16384, 3276
+    head = 4 * 2 * config["vocab_size"] * config["hidden_size"]            # a read: forward, recompute, two gradients
+    layers = (simulated(size, 8, N0, R0, False)[1] - head * R0) / N0
+    for per_step in (1, 2):
+        document = 1024 + 8192 + B * 8192 // per_step
+        power = 1 << (document - 1).bit_length()
+        for name, N in (("before", power * 3 // 4 if document <= power * 3 // 4 else power),
+                        ("now", dirl.row_length(document, 16384))):
+            total = 4 * (layers * N + head * 8192 + attention_flops(size, 1024, 8192, per_step))
+            print(f"{size}, {per_step} tokens a step, documents of {document:,} in rows of {N:,} ({name}): "
+                  f"{total / 1e15:.1f} PFLOP a GPU, {total / DENSE_BF16 / UTILISATION:.1f} s at {UTILISATION:.0%} of "
+                  f"{DENSE_BF16 / 1e12:.0f} TFLOP/s")
+
+
+def memory_table():
+    if SMALL:                                              # in float32 without checkpointing, as a real run on this CPU
+        peak, flops, n = simulated("tiny", 1, 512, 128, False, torch.float32, False)
+        return print(json.dumps(peak | {"flops": flops, "weights": n}))
+    start = time.perf_counter()
+    print("GB a GPU at the peak of a training step, in fake tensors. Parameters: this GPU's share, and what is gathered. On the\n"
+          "right, by formula: LMDeploy's weights, its cache at --engine-memory 0.4, and what 80 GB leave with the engine awake\n"
+          "and with --sleep.\n")
+    print("model GPUs     row beta    param gathered    grads  moments  activat.     temp    total |   engine    cache    awake   asleep")
+    for size, gpus, (N, R), beta in itertools.product(("1.7B", "4B", "8B"), (1, 4, 8), ((16384, 3276), (LONGEST, 8192)),
+                                                      (False, True)):
+        part("memory_case", size, gpus, N, R, beta, seconds=600)
+    print("\nA bound, not a measurement: training in Fig. 6's set-up, for which the paper reports 167 s")
+    part("memory_flops", "8B", seconds=600)
+    print(f"all in {time.perf_counter() - start:.0f} s")
+
+
 # ---- --gpu: what one 80 GB GPU must tell -----------------------------------------------------------------------------
 
 
@@ -585,9 +736,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choice = parser.add_mutually_exclusive_group(required=True)
-    for function in (bench, rollouts, one_step, mismatch, gpu):
+    for function in (bench, rollouts, one_step, mismatch, memory_table, gpu):
         name = function.__name__
-        choice.add_argument("--" + name.replace("_", "-"), action="store_const", const=[name], dest="part")
+        option = {"memory_table": "memory"}.get(name, name.replace("_", "-"))
+        choice.add_argument("--" + option, action="store_const", const=[name], dest="part")
     choice.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true")
     name, *args = parser.parse_args().part

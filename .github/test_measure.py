@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -89,6 +90,40 @@ def test_one_step_finds_no_error_at_the_first_step_only():
     assert all((e < 1e-3) == (s == 1) for s, e in errors) and {s for s, _ in errors} == {1, 2, 3, 4}
     gaps = [float(x) for x in re.findall(r"RL with .*largest logp_gap ([\d.e+-]+)$", text, re.M)]
     assert len(gaps) == 4 and max(gaps[::2]) < 1e-4 and min(gaps[1::2]) > 1e-3               # exact, one-step, twice
+
+
+def test_memory_simulated_is_the_memory_of_a_real_step(tmp_path):
+    """The tiny model in float32: bytes of parameters, gradients and moments are equal; what autograd keeps for the backward
+    differs by what SDPA on a CPU keeps and FlexAttention does not, keys and values once for each query head."""
+    import torch
+
+    import dirl
+    simulated = json.loads(measured("--memory"))
+    dirl.build_tiny(str(tmp_path), 4, 0)
+    c, N, R, kept = dirl.parse_flags([]), 512, 128, {}
+    policy = dirl.load_policy(str(tmp_path), c)
+    optimizer, weights = dirl.make_optimizer(policy, c), list(policy.model.parameters())
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = policy.hidden(torch.zeros(1, N, dtype=torch.long), torch.arange(N)[None], None)[0, :R]
+        logp, _ = dirl.log_probs(hidden, policy.model.lm_head.weight, torch.zeros(R, dtype=torch.long), 1.0, 9)
+        J, _ = dirl.eq7(logp, None, torch.ones(R), torch.ones(R), 0.2, 0.2)
+    J.backward()
+
+    def size(tensors):
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+    assert simulated["sharded_param"] == size(weights) == 4 * simulated["weights"]
+    assert simulated["sharded_grad"] == size(w.grad for w in weights)
+    assert simulated["opt"] == size(x for state in optimizer.state.values() for x in state.values())
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    real = size(x for at, x in kept.items() if at not in own)
+    print(f"kept for the backward: {real:,} bytes, simulated {simulated['kept']:,}")
+    assert abs(simulated["kept"] / real - 1) < 0.1
+    pairs = 2 * N * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384) + 2 * 128 * 262 * R / 2
+    assert simulated["flops"] == 3 * 2 * pairs                      # a forward and two gradients, of two layers and R reads
 
 
 def test_pictures_come_from_the_code(tmp_path):
