@@ -135,7 +135,7 @@ def test_importance_metrics_count_trajectories_and_survive_every_gap():
     for cap in (0.1, 0.7, 1.1, 3.3):                                # which float32 rounds: at the cap is at the cap
         assert weighed(5.0, cap=cap)[1]["importance_capped"] == 1
     assert weighed(2000.0)[0].tolist() == [3.0]
-    for gap in (-60.0, -200.0):                                     # of W², and of W, nothing is left in float32
+    for gap in (-60.0, -200.0):      # of W², and of W, nothing is left in float32; fails until `weigh` guards its division
         assert weighed(gap, gap)[1]["importance"] < 1e-20
 
 
