@@ -415,51 +415,63 @@ def rounded(grain):
 
 
 def stale(age):
-    """The sampler's weights are those of `age` steps ago; greedy answers come from today's."""
+    """The sampler's weights are those of `age` steps ago, at first those of the start; greedy answers come from today's."""
     class Stale(dirl.TorchEngine):
         def __init__(self, policy, c):
             super().__init__(policy, c)
             self.history = []
+            self.update_weights()
 
         def generate(self, prompts, keys, greedy=False):
             if greedy:
                 return super().generate(prompts, keys, greedy)
-            model, today = self.policy.model, copy.deepcopy(self.policy.model.state_dict())
-            model.load_state_dict(self.history[max(0, len(self.history) - age)] if self.history else today)
+            self.policy.model.load_state_dict(self.history[0])
             made = super().generate(prompts, keys)
-            model.load_state_dict(today)
+            self.policy.model.load_state_dict(self.history[-1])
             return made
 
         def update_weights(self):
-            self.history.append(copy.deepcopy(self.policy.model.state_dict()))
+            self.history = self.history[-age:] + [copy.deepcopy(self.policy.model.state_dict())]
     return {"TorchEngine": Stale}
 
 
-def mismatch():
-    """The tiny model after SFT, then RL by samplers that differ from the trainer. A line a run, then its rewards."""
-    short = ["--steps", 3, "--max-new-tokens", 8] if SMALL else []
-    dirl.MAX_LOGP_GAP = float("inf")
+# Number formats are finer (bfloat16: 1/16 nat for logits of 8 to 16), so that what shows here bounds what they do.
+SAMPLERS = {"the trainer": {}, "logits in steps of 1": rounded(1.0), "logits in steps of 4": rounded(4.0),
+            "weights 8 steps old": stale(8)}
+
+
+def mismatch(*seeds):
+    """RL of the tiny model after SFT by samplers that differ from the trainer; a line a run, then its rewards, step by step."""
+    short = ["--steps", 3, "--max-new-tokens", 8, "--prompts", 2, "--group-size", 2] if SMALL else []
+    dirl.MAX_LOGP_GAP = float("inf")           # it would end these runs, and rightly
     if SMALL:                                  # after three steps of SFT no answer is right
         alternating = itertools.cycle((0.0, 1.0))
         dirl.arithmetic_reward, dirl.HELD_OUT = lambda answer, truth: next(alternating), 4
-    samplers = {"the trainer": {}, "logits in steps of 0.5": rounded(0.5), "logits in steps of 1": rounded(1.0),
-                "weights 8 steps old": stale(8)}
-    original = {name: getattr(dirl, name) for changes in samplers.values() for name in changes}
-    for seed in (0,) if SMALL else (0, 1, 2):
+    print("                                         ------- mean reward -------  accuracy  mean       --importance's weights\n"
+          "sampler               --importance seed  first 5    all  last 10      at end  logp_gap    mean  at cap  eff. share")
+    for seed in map(int, seeds or ((0,) if SMALL else (0, 1, 2))):
         with tempfile.TemporaryDirectory() as folder:
             last_line("--stage", "sft", "--seed", seed, "--out", folder, *short)
-            for (name, changes), C in itertools.product(samplers.items(), (None, 3)):
-                out = os.path.join(folder, f"{name} {C}")
-                vars(dirl).update(original | changes)
-                line = last_line("--seed", seed, "--model", os.path.join(folder, "sft"), "--out", out, *short,
-                                 *["--importance", C] * bool(C))
-                with open(os.path.join(out, "rl.metrics.jsonl"), encoding="utf-8") as file:
-                    steps = [json.loads(step) for step in file if '"reward"' in step]
-                gap, share = (statistics.mean(step[x] for step in steps if step.get(x) is not None) if C or x == "logp_gap" else 1.0
-                              for x in ("logp_gap", "importance_ess"))
-                print(f"seed {seed}, sampler: {name}, --importance {C}: logp_gap {gap:.3f}, effective share {share:.2f}; {line}")
-                print("    rewards " + " ".join(f"{step['reward']:.3f}" for step in steps))
-            vars(dirl).update(original)
+            for name, C in [("the trainer", None), *itertools.product(list(SAMPLERS)[1:], (None, 3))]:
+                mismatch_run(folder, seed, name, C, short or ["--steps", 40])
+
+
+def mismatch_run(folder, seed, name, C, short):
+    out, before = os.path.join(folder, f"{name} {C}"), {x: getattr(dirl, x) for x in SAMPLERS[name]}
+    vars(dirl).update(SAMPLERS[name])
+    last_line("--seed", seed, "--model", os.path.join(folder, "sft"), "--out", out, *short, *["--importance", C] * bool(C))
+    vars(dirl).update(before)
+    with open(os.path.join(out, "rl.metrics.jsonl"), encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    rewards, accuracy = [line["reward"] for line in lines if "reward" in line], lines[-1]["accuracy"]
+
+    def mean(column):
+        values = [line[column] for line in lines if line.get(column) is not None]
+        return statistics.mean(values) if values else float("nan")
+    weights = "  {:6.3f} {:7.3f} {:11.3f}".format(*map(mean, ("importance", "importance_capped", "importance_ess")))
+    print(f"{name:21} {C or '-':12} {seed:4} {statistics.mean(rewards[:5]):8.3f} {statistics.mean(rewards):6.3f} "
+          f"{statistics.mean(rewards[-10:]):8.3f} {accuracy:11.3f} {mean('logp_gap'):9.3f}{weights if C else ''}")
+    print("    rewards " + " ".join(f"{reward:.3f}" for reward in rewards))
 
 
 # ---- --memory: a training step in fake tensors -----------------------------------------------------------------------

@@ -4,7 +4,8 @@
     python .github/pictures.py                                       mask.svg, from dirl.mask_mod and dirl.layout
     python .github/pictures.py --runs runs/tiny-0 runs/tiny-1 ...    curves.svg: reward and accuracy of default runs
     python .github/measure.py --bench > bench.txt                    for --bench bench.txt: cost.svg, the authors' layout and ours
-    python -m pytest test_dirl.py -k unbiased -s > bias.txt          for --bias bias.txt: bias.svg
+    python -m pytest test_dirl.py -k "unbiased or importance" -s > bias.txt          for --bias bias.txt: bias.svg
+    python .github/measure.py --mismatch > mismatch.txt              for --mismatch mismatch.txt: mismatch.svg
     python .github/measure.py --one-step > one-step.txt              for --one-step one-step.txt: one-step.svg
 
 A viewer's dark colour scheme is respected: the colours are classes, defined twice."""
@@ -183,10 +184,12 @@ def cost(path):
 
 
 def bars(name, title, rows, most, unit, left=250):
-    """Horizontal bars: (label, value, class, what is written beside it)."""
+    """Horizontal bars: (label, value, class, what is written beside it); without a label a gap."""
     parts, width = [text(16, 24, title, more='font-weight="600"')], 330
     for i, (label, value, c, words) in enumerate(rows):
         y = 40 + 24 * i
+        if not label:
+            continue
         parts += [text(left - 8, y + 13, label, "ink", "end"), box(left, y, max(1, width * value / most), 17, c),
                   text(left + max(1, width * value / most) + 6, y + 13, words)]
     parts.append(text(left, 40 + 24 * len(rows) + 16, unit, "third", size=11))
@@ -194,12 +197,19 @@ def bars(name, title, rows, most, unit, left=250):
 
 
 def bias(path):
-    """Relative error of DiPO's expected gradient, all trajectories of a toy enumerated."""
+    """Relative error of DiPO's expected gradient, all trajectories of a toy enumerated; then where another policy samples."""
     with open(path, encoding="utf-8") as file:
-        found = re.findall(r"(sequential|static|dynamic), (top1|drawn): relative error of the expected gradient ([\d.e+-]+)",
-                           file.read())
+        printed = file.read()
+    error = r"relative error of the expected gradient ([\d.e+-]+)"
+    found = re.findall(rf"(sequential|static|dynamic), (top1|drawn): {error}", printed)
     rows = [(f"{rule}, confidence: {kind}", float(x), "ours" if kind == "top1" else "theirs", f"{float(x):.2g}")
             for rule, kind, x in found]
+    for rule, gap, *errors in re.findall(
+            rf"(sequential|static|dynamic), a sampler ([\d.]+) nats a token away: {error} uncorrected.* (\S+) with imp", printed):
+        without, corrected = map(float, errors)
+        rows += [("", 0, "", "")] * (rule == "sequential")
+        rows += [(f"{rule}, a sampler {gap} nats away", without, "theirs", f"{without:.2g}"),
+                 ("the same with --importance", corrected, "ours", f"{corrected:.2g}")]
     bars("bias.svg", "error of DiPO's expected gradient, every trajectory enumerated", rows, max(row[1] for row in rows),
          "relative error; constant baseline and normaliser")
 
@@ -217,14 +227,44 @@ def one_step(path):
          "mean |one-step − exact| log π, nats; exact ones have no error at any step")
 
 
+def mismatch(path):
+    """Reward curves of RL by samplers that are not the trainer, as they are and with --importance: a panel a sampler."""
+    runs, row = {}, None                                # {(sampler, --importance or "-"): [rewards of a seed, step by step]}
+    with open(path, encoding="utf-8") as file:
+        for printed in file:
+            row = re.match(r"(\S.*?\S) +(-|\d+) +\d+ +\d\.\d+ ", printed) or row
+            if printed.startswith("    rewards "):
+                runs.setdefault(row.groups(), []).append([float(x) for x in printed.split()[1:]])
+    control, samplers = runs.pop(("the trainer", "-")), list(dict.fromkeys(name for name, _ in runs))
+    parts, steps = [], ticks(len(control[0]))
+
+    def draw(axes, curves, c):
+        for rewards in curves:
+            axes.draw(list(enumerate(rewards, 1)), c, 0.6)
+        axes.draw([(step, statistics.mean(x)) for step, x in enumerate(zip(*curves), 1)], c, 2.5)
+    for panel, name in enumerate(samplers):
+        axes = Axes(50 + 290 * panel, 40, 235, 170, steps, [0, 0.25, 0.5, 0.75, 1.0], f"sampler: {name}", "RL step")
+        draw(axes, control, "third")
+        for kind in (kind for other, kind in runs if other == name):
+            draw(axes, runs[name, kind], "theirs" if kind == "-" else "ours")
+        parts += axes.parts
+    labels = ("third", "the trainer samples"), ("theirs", "uncorrected"), ("ours", "--importance 3")
+    for i, (c, label) in enumerate(labels):
+        parts += [box(50 + 150 * i, 268, 12, 12, c), text(68 + 150 * i, 278, label)]
+    note = f"mean reward of sampled answers; thin: {len(control)} seeds, thick: their mean"
+    svg("mismatch.svg", 40 + 290 * len(samplers), 294, parts + [text(50 + 150 * len(labels), 278, note, "third", size=11)])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", metavar="OUT", help="folders of default runs, for curves.svg")
     parser.add_argument("--bench", metavar="FILE", help="what measure.py --bench printed, for cost.svg")
-    parser.add_argument("--bias", metavar="FILE", help="what pytest -k unbiased -s printed, for bias.svg")
+    parser.add_argument("--bias", metavar="FILE", help="what that pytest -s printed, for bias.svg")
     parser.add_argument("--one-step", metavar="FILE", help="what measure.py --one-step printed, for one-step.svg")
+    parser.add_argument("--mismatch", metavar="FILE", help="what measure.py --mismatch printed, for mismatch.svg")
     given = parser.parse_args()
     mask()
-    for made, source in ((curves, given.runs), (cost, given.bench), (bias, given.bias), (one_step, given.one_step)):
+    for made, source in ((curves, given.runs), (cost, given.bench), (bias, given.bias), (one_step, given.one_step),
+                         (mismatch, given.mismatch)):
         if source:
             made(source)
