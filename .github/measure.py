@@ -12,6 +12,7 @@
 Without a GPU, LMDeploy runs on the stand-ins of stand_ins.py."""
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
 import io
@@ -476,12 +477,15 @@ def mismatch_run(folder, seed, name, C, short):
 
 # ---- --memory: a training step in fake tensors -----------------------------------------------------------------------
 
-# 4B: Qwen3-4B's dimensions (scripts/models/qwen3-4B.sh of THUDM/slime); 8B: the paper's base, as in SDAR-8B-Chat.
-SIZES = {"1.7B": SDAR, "4B": SDAR | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                                         tie_word_embeddings=True),
-         "8B": SDAR | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32), "tiny": {}}
+# 4B and 8B: training/model/SDAR-*-Chat/config.json of github.com/JetAstra/SDAR, c2041a8. None ties its embeddings.
+SIZES = {"1.7B": SDAR, "tiny": {},
+         "4B": SDAR | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+         "8B": SDAR | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32)}
 CARD, DENSE_BF16, UTILISATION = 80e9, 989e12, 0.6          # bytes; FLOP/s of an H100 or H200; a guess
-LONGEST = 8192 + 8192 + B * 8192                           # --recipe paper, one token a step
+LONGEST = 8192 + 8192 + B * 8192                           # --recipe paper: prompt, answer, a view for every token
+KINDS = {"weights": ("sharded_param",), "reference": ("inp",), "gathered": ("unsharded_param",), "moments": ("opt",),
+         "gradients": ("sharded_grad", "unsharded_grad"), "activations": ("act", "buffer"),
+         "temporary": ("temp", "all_gather", "reduce_scatter")}                             # the tracker's kinds
 
 
 class KeepsWhatFlexKeeps(torch.autograd.Function):
@@ -497,130 +501,147 @@ class KeepsWhatFlexKeeps(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in context.saved_tensors[:3])
 
 
-def fake_attention(module, query, key, value, mask, scaling, cache=None, **unused):
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return KeepsWhatFlexKeeps.apply(query, key, value).transpose(1, 2), None
-
-
-def simulated(size, gpus, N, R, beta, compute=torch.bfloat16, checkpointing=True):
-    """One training step of a rank of `gpus`, two rows of N tokens of which R are read, in fake tensors: (bytes by kind at
-    the peak, and `kept` for the backward; matrix FLOPs of a row; weights). It runs dirl's shard, make_optimizer, Policy.hidden, log_probs, eq7 and
-    kl_term. In the place of: the mesh, made beforehand; Module.to, since fake weights are float32 on their device already;
-    the root's forward, which the tracker wants, for model.base; attention; Policy.score's mask; Eq. 8, whose number of
-    steps a fake tensor does not know; clip and optimizer.step, which allocate little. Moments are made before the step."""
+def simulated(size, gpus, N, R, beta, compute=torch.bfloat16, checkpointing=True, count=False):
+    """dirl.train_on in fake tensors, which have a shape and no content: of one rank of `gpus`, in nodes of 8, on two
+    rows of N tokens, R of them read. Returns bytes by kind at the peak, and `kept`, of the activations that await a
+    backward; matrix FLOPs of a row, if they are to be counted; weights. What is not as in a run of dirl:
+      - the process group is torch's fake one; the mesh is made beforehand, since that asks tensors for values
+      - Module.to does nothing: fake weights are float32 on their device from the start
+      - model.base is the root's own forward, which the tracker wants, ending with the hidden states
+      - attention is KeepsWhatFlexKeeps; the mask is left out, tiles of some megabytes
+      - what the host asks a tensor for, it is told: decoding steps (each read is one), norm, metrics
+      - rows hold zeros and come from no trajectories
+      - DTensor tries an operation on whole tensors to learn shapes: the tracker, which would count them, is off"""
     import transformers
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils._python_dispatch import _disable_current_modes
     from torch.utils.flop_counter import FlopCounterMode
-    os.environ |= {"LOCAL_WORLD_SIZE": str(gpus), "WORLD_SIZE": str(gpus), "RANK": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        dirl.build_tiny(folder, B, 0)
+        config = dirl.read_json(os.path.join(folder, "config.json")) | SIZES[size]
+    node, c = min(gpus, 8), flags("--beta", beta, "--objective", "eq7" if beta else "eq8")
+    os.environ |= {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(node), "RANK": "0"}
     torch.distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    mesh = dirl.init_device_mesh("cpu", (1, gpus), mesh_dim_names=("replicate", "shard"))["shard"]
+    mesh = dirl.init_device_mesh("cpu", (gpus // node, node), mesh_dim_names=("replicate", "shard"))
+    mesh["shard"]                                          # cut now: it asks for values too
+    own_score, own_shapes, kept = dirl.Policy.score, ShardingPropagator._propagate_tensor_meta_non_cached, []
 
-    class Mesh:
-        def get_all_groups(self):
-            return []
+    def attention(module, query, key, value, mask, scaling, **unused):
+        return KeepsWhatFlexKeeps.apply(query.to(value.dtype), key.to(value.dtype), value).transpose(1, 2), None
 
-        def __getitem__(self, name):
-            return mesh
-    dirl.init_device_mesh, dirl.attention = lambda *args, **more: Mesh(), fake_attention
-    torch.nn.Module.to = lambda self, *args, **more: self
-    transformers.Qwen3ForCausalLM.forward = lambda self, **inputs: self.model(**inputs)
-    tiny = dict(vocab_size=262, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=32)
-    config = dict(tie_word_embeddings=False, rms_norm_eps=1e-6) | tiny | SIZES[size]
+    def score(policy, row):
+        if policy is trained:
+            tracker.reset_mod_stats()                      # it expects one forward of the root
+        result = own_score(policy, row)
+        kept.append(tracked("current")["act"])
+        return result
+
+    def shapes(*args):
+        with _disable_current_modes():
+            return own_shapes(*args)
+
+    def tracked(when):
+        snapshot = tracker.get_tracker_snapshot(when)[torch.device("cpu")]
+        return {kind.name.lower(): size for kind, size in snapshot.items() if kind != "Total"}
 
     def policy():
-        model = transformers.Qwen3ForCausalLM(dirl.qwen3_config({x: y for x, y in config.items() if x != "torch_dtype"}))
+        model = transformers.Qwen3ForCausalLM(dirl.qwen3_config(config))
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         dirl.shard(model, compute).base = model.__call__
-        return dirl.Policy(model.train(), None, "", config | {"block_size": B, "mask_token_id": 9}, 0, [0], 1.0)
-
-    def logp_of(policy):
-        ids, target = torch.zeros(1, N, dtype=torch.long), torch.zeros(R, dtype=torch.long)
-        hidden = policy.hidden(ids, torch.arange(N)[None], None)[0, :R]
-        return dirl.log_probs(hidden, policy.model.lm_head.weight, target, 1.0, 9)[0]
-
-    def row(policy, reference):
-        with torch.no_grad():
-            logp_ref = logp_of(reference) if reference else None
-        if reference:
-            reference.model.reshard()
-        logp = logp_of(policy)
-        loss = -dirl.eq7(logp, None, torch.ones(R), torch.ones(R), 0.2, 0.2)[0]
-        kept.append(tracker.get_tracker_snapshot("current")[torch.device("cpu")])          # for the backward
-        (loss + (dirl.kl_term(logp, logp_ref).sum() if reference else 0)).backward()
+        return dirl.Policy(model.train(), None, "", config, 0, [0], 1.0)
+    transformers.Qwen3ForCausalLM.forward = lambda self, **inputs: self.model(**inputs)
+    torch.nn.Module.to = lambda self, *args, **more: self
+    FakeTensor.__int__ = lambda self: R - 1                # Eq. 8's last decoding step
+    ShardingPropagator._propagate_tensor_meta_non_cached = shapes
+    told = argparse.Namespace(item=lambda: 1.0, tolist=lambda: [1.0] * 6)
+    vars(dirl).update(init_device_mesh=lambda *args, **more: mesh, attention=attention, full=lambda norm: told,
+                      all_sum=lambda sums: told, mask_mod=lambda *columns: lambda *pair: torch.zeros(1),
+                      dipo_rows=lambda *args: (rows, 2 * N))
+    dirl.Policy.score = score
+    mixed = [argparse.Namespace(trajectories=[argparse.Namespace(output=range(2 * R))])]
     with FakeTensorMode():
+        integers = {"ids": N, "pos": N, "view": N, "doc": N, "reads": R, "target": R}
+        rows = [{name: torch.zeros(n, dtype=torch.long) for name, n in integers.items()}
+                | {name: torch.zeros(R) for name in ("A", "w", "logp_sampler")} for _ in range(2)]
         trained, reference = policy(), policy() if beta else None
-        n = sum(weight.numel() for weight in trained.model.parameters())
-        kept, tracker = [], FSDPMemTracker(trained.model, dirl.make_optimizer(trained, flags()))
-        tracker.track_inputs(())
+        optimizer = dirl.make_optimizer(trained, c)
+        tracker = FSDPMemTracker(trained.model, optimizer)
+        if beta:
+            tracker.track_inputs(tuple(reference.model.parameters()))
         with tracker:
-            row(trained, reference)                        # the second row finds gradients there
-            tracker.reset_mod_stats()
-            row(trained, reference)
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        with FlopCounterMode(display=False) as flops:
-            row(trained, reference)
-    at_peak, after_forward = ({str(kind).rsplit(".", 1)[-1].lower(): size for kind, size in found.items()} for found in (peak, kept[1]))
-    return at_peak | {"kept": after_forward["act"]}, flops.get_total_flops(), n
+            dirl.train_on(trained, reference, optimizer, c, mixed, 1)
+        with FlopCounterMode(display=False) as flops:      # not in the tracker: it would keep tensors alive
+            if count:
+                dirl.train_on(trained, reference, optimizer, c, mixed, 2)
+    n = sum(weight.numel() for weight in trained.model.parameters())
+    return tracked("peak") | {"kept": max(kept)}, flops.get_total_flops() // 2, n
 
 
-def attention_flops(size, P, L, per_step):
-    """Of one trajectory's visible pairs: a forward is 4 FLOPs a pair and channel; twice with recompute, 2.5 more backward."""
-    config, pairs = SIZES[size], sum(B * (k + 1) * B for k in range((P + L) // B))
-    pairs += sum(-(-B // per_step) * B * (k + 1) * B for k in range(P // B, (P + L) // B))
-    return 4.5 * 4 * pairs * config["num_attention_heads"] * config["head_dim"] * config["num_hidden_layers"]
+def visible_pairs(P, L, views, fill=0):
+    """Pairs (query, key) of a trajectory with so many views a block and of what fills its row."""
+    whole, prompt, rest = (S * (S + B) // 2 for S in (P + L, P, fill))
+    return whole + views * (whole - prompt) + rest
 
 
 def memory_case(size, gpus, N, R, beta):
-    """A line of the table, in GB (10^9 bytes); for 8 GPUs that of 64 too, which have a replica on each node."""
-    gpus, N, R, beta = int(gpus), int(N), int(R), beta == "True"
-    peak, _, n = simulated(size, gpus, N, R, beta)
-    kinds = (("sharded_param",), ("unsharded_param",), ("sharded_grad", "unsharded_grad"), ("opt",), ("act", "buffer", "inp"),
-             ("temp", "all_gather", "reduce_scatter"))
-    for ranks in (8, 64) if gpus == 8 else (gpus,):
-        parts = [sum(peak.get(kind, 0) for kind in group) / 1e9 for group in kinds]
-        if ranks > 8:                                      # averaging over nodes: the largest unit's gradient once more
-            parts[-1] += 4 * SIZES[size]["vocab_size"] * SIZES[size]["hidden_size"] * (1 + (size != "4B")) / 8 / 1e9
-        engine, card = 2 * n / 1e9, CARD / 1e9
-        cache = 0.4 * (card - parts[0] - engine)
-        print(f"{size:5} {ranks:4} {N:7,} {'yes' if beta else 'no':>4} " + " ".join(f"{x:8.1f}" for x in (*parts, sum(parts)))
-              + f" | {engine:8.1f} {cache:8.1f} {card - sum(parts) - engine - cache:8.1f} {card - sum(parts):8.1f}")
+    """A line of the table, in GB of 10^9 bytes."""
+    N, beta = int(N), float(beta)
+    peak, _, n = simulated(size, int(gpus), N, int(R), beta)
+    parts = {name: sum(peak[kind] for kind in kinds) / 1e9 for name, kinds in KINDS.items()}
+    total, engine = sum(parts.values()), 2 * n / 1e9       # LMDeploy's weights are bfloat16 and whole
+    free = CARD / 1e9 - parts["weights"] - parts["reference"] - engine     # as it starts: before moments and gradients
+    left = CARD / 1e9 - total - engine - 0.4 * free, CARD / 1e9 - total, 0.3 * free - parts["moments"]
+    print(f"{size:5}{gpus:>4}{N:8,}{'yes' if beta else 'no':>5}"
+          + "".join(f"{x:12.1f}" for x in (*parts.values(), total))
+          + " |" + "".join(f"{x:9.1f}" for x in (engine, 0.4 * free, *left)))
 
 
 def memory_flops(size):
-    """Training of Fig. 6's set-up, 4 trajectories a GPU of 1024 + 8192 tokens: matrix FLOPs of a simulated row, scaled in its
-    two parts, layers by tokens and vocabulary projection by reads; attention's by formula; before and after this padding."""
-    config, N0, R0 = SIZES[size], 16384, 3276
-    head = 4 * 2 * config["vocab_size"] * config["hidden_size"]            # a read: forward, recompute, two gradients
-    layers = (simulated(size, 8, N0, R0, False)[1] - head * R0) / N0
-    for per_step in (1, 2):
-        document = 1024 + 8192 + B * 8192 // per_step
-        power = 1 << (document - 1).bit_length()
-        for name, N in (("before", power * 3 // 4 if document <= power * 3 // 4 else power),
-                        ("now", dirl.row_length(document, 16384))):
-            total = 4 * (layers * N + head * 8192 + attention_flops(size, 1024, 8192, per_step))
-            print(f"{size}, {per_step} tokens a step, documents of {document:,} in rows of {N:,} ({name}): "
-                  f"{total / 1e15:.1f} PFLOP a GPU, {total / DENSE_BF16 / UTILISATION:.1f} s at {UTILISATION:.0%} of "
-                  f"{DENSE_BF16 / 1e12:.0f} TFLOP/s")
+    """Training in Fig. 6's set-up, 4 trajectories a GPU of 1024 + 8192 tokens, each a row. The simulated row's FLOPs
+    are scaled in two parts, layers by tokens and vocabulary projection by reads; attention's come by formula: 4 a pair
+    and channel forward, as many recomputed, 2.5 times that backward."""
+    config, N, R = SIZES[size], 16384, 8192
+    read = 4 * 2 * config["vocab_size"] * config["hidden_size"]            # forward, recomputed, two gradients
+    token = (simulated(size, 8, N, R, 0, count=True)[1] - read * R) / N
+    pair = 4.5 * 4 * config["num_attention_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    for views in (2, 4):
+        tokens = 1024 + 8192 + views * 8192
+        power = 1 << (tokens - 1).bit_length()
+        before = power * 3 // 4 if tokens <= power * 3 // 4 else power
+        for padding, N in (("none", tokens), ("before", before), ("now", dirl.row_length(tokens, 16384))):
+            parts = [4 * x for x in (token * N, read * 8192, pair * visible_pairs(1024, 8192, views, N - tokens))]
+            print(f"{B // views} a step, padding {padding:6}: rows of {N:6,}; PFLOP: layers {parts[0] / 1e15:5.2f}, "
+                  f"vocabulary {parts[1] / 1e15:.2f}, attention {parts[2] / 1e15:.2f}; "
+                  f"{sum(parts) / DENSE_BF16 / UTILISATION:5.1f} s")
 
 
 def memory_table():
     if SMALL:                                              # in float32 without checkpointing, as a real run on this CPU
-        peak, flops, n = simulated("tiny", 1, 512, 128, False, torch.float32, False)
+        peak, flops, n = simulated("tiny", 1, 512, 128, 0, torch.float32, False, True)
         return print(json.dumps(peak | {"flops": flops, "weights": n}))
     start = time.perf_counter()
-    print("GB a GPU at the peak of a training step, in fake tensors. Parameters: this GPU's share, and what is gathered. On the\n"
-          "right, by formula: LMDeploy's weights, its cache at --engine-memory 0.4, and what 80 GB leave with the engine awake\n"
-          "and with --sleep.\n")
-    print("model GPUs     row beta    param gathered    grads  moments  activat.     temp    total |   engine    cache    awake   asleep")
-    for size, gpus, (N, R), beta in itertools.product(("1.7B", "4B", "8B"), (1, 4, 8), ((16384, 3276), (LONGEST, 8192)),
-                                                      (False, True)):
-        part("memory_case", size, gpus, N, R, beta, seconds=600)
-    print("\nA bound, not a measurement: training in Fig. 6's set-up, for which the paper reports 167 s")
-    part("memory_flops", "8B", seconds=600)
+
+    def finished(case):
+        command = [sys.executable, __file__, "--part", *map(str, case)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        return done.stdout or f"{case}: {done.stderr[-300:]}\n"
+    print("Peak of a training step, GB a GPU, simulated (gathered: whole parameters). On the right, by formula:\n"
+          "LMDeploy's weights, its cache at --engine-memory 0.4, what 80 GB have left at the peak, LMDeploy awake or\n"
+          "asleep, and in roll-outs with --sleep and 0.7. CUDA, NCCL, graphs and fragments are not in it.\n")
+    print("model GPUs    row beta" + "".join(f"{name:>12}" for name in (*KINDS, "total"))
+          + " |" + "".join(f"{name:>9}" for name in ("LMDeploy", "cache", "awake", "asleep", "roll-out")))
+    cases = [("memory_case", *case[:2], *case[2], case[3]) for case in itertools.product(
+        ("1.7B", "4B", "8B"), (1, 4, 8, 64), ((16384, 8192), (LONGEST, 8192)), (0, 0.1))]
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for line in pool.map(finished, cases):
+            print(line, end="")
+        print(f"\nTraining of SDAR-8B in Fig. 6's set-up: matrix FLOPs at {UTILISATION:.0%} of {DENSE_BF16 / 1e12:.0f} "
+              "TFLOP/s, a bound and not\na measurement; the paper reports 167 s. Tokens decoded a step:")
+        print(finished(("memory_flops", "8B")), end="")
     print(f"all in {time.perf_counter() - start:.0f} s")
 
 
