@@ -1165,7 +1165,7 @@ def weigh(rows, cap):
         sums += torch.stack([torch.ones_like(W), W, W.square(), (W >= cap).float()]).sum(1)
     n, total, squares, capped = all_sum(sums).tolist()
     return weighted, {"importance": total / n, "importance_capped": capped / n,
-                      "importance_ess": total**2 / (n * squares)}
+                      "importance_ess": total**2 / (n * squares) if squares else 0.0}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -1513,9 +1513,9 @@ def last_boxed(text):
             return rest[1:i]
 
 
-SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ",
-         "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "⟨": "(", "⟩": ")", r"\langle": "(",
-         r"\rangle": ")", "{,}": ",", r"\%": "%", "°": " ", r"\degree": ""}
+SIGNS = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ",
+         "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "⟨": "(", "⟩": ")",
+         r"\langle": "(", r"\rangle": ")", "{,}": ",", r"\%": "%", "°": " ", r"\degree": ""}
 FORMS = (                        # (pattern, what takes its place), in this order
     (r"\\(left|right|[bB]igg?[lr]?|displaystyle|!)(?![a-z])|\\?\$", ""), (r"(?<!\\)\\[,;: ]|[~\s]", " "),
     (r"\\[dtc]frac", r"\\frac"), (r"\\[lc]?dots[bc]?(?![a-z])", "..."), (r"\^\{?\\circ\}?|degrees?", ""),

@@ -4,6 +4,7 @@
     python -m pytest .github/test_measure.py
 """
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -126,6 +127,42 @@ def test_memory_simulated_is_the_memory_of_a_real_step(tmp_path):
     assert simulated["flops"] == 3 * 2 * pairs                      # a forward and two gradients, of two layers and R reads
 
 
+def test_mismatch_disturbs_the_sampler_and_importance_weighs_it(tmp_path):
+    text = measured("--mismatch")
+    number = r" +(\d\.\d+)"
+    rows = re.findall(rf"^(\S.*?\S) +(-|\d+) +0{4 * ' +[0-9.]+'}{number}(?:{number} +[0-9.]+{number})?$", text, re.M)
+    samplers = list(dict.fromkeys(name for name, *_ in rows))
+    assert samplers == ["the trainer", "logits in steps of 1", "logits in steps of 4", "weights 8 steps old"]
+    assert [(name, C) for name, C, *_ in rows] == [(samplers[0], "-"), *itertools.product(samplers[1:], "-3")]
+    gaps = [float(gap) for *_, gap, _, _ in rows]
+    assert gaps[0] < 1e-3 < min(gaps[1:]) and gaps[1] < gaps[3]
+    assert all(bool(weight) == (C == "3") and (not share or 0 < float(share) < 1) for _, C, _, weight, share in rows)
+    assert len(re.findall(r"^    rewards( \d\.\d+){3}$", text, re.M)) == len(rows)
+    pictures = module("pictures")
+    pictures.HERE = str(tmp_path)
+    (tmp_path / "text").write_text(text + "static, top1: relative error of the expected gradient 2.0e-15, x\n"
+                                   "static, a sampler 0.08 nats a token away: relative error of the expected gradient 0.30 "
+                                   "uncorrected, 0.12 with token ratios, 1.7e-15 with importance weights\n")
+    pictures.mismatch(tmp_path / "text")
+    pictures.bias(tmp_path / "text")
+    assert [(tmp_path / "mismatch.svg").read_text().count(f'"l-{c}"') for c in ("third", "theirs", "ours")] == [6, 6, 6]
+    assert re.findall(">(0.3|1.7e-15|2e-15)</text>", (tmp_path / "bias.svg").read_text()) == ["2e-15", "0.3", "1.7e-15"]
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 4])
+def test_attention_flops_count_the_pairs_that_the_mask_shows(per_step):
+    """Of a trajectory and of what fills its row."""
+    import torch
+
+    measure = module("measure")
+    dirl, P, L, fill = measure.dirl, 12, 20, 24
+    steps = (torch.arange(L) % 4) // per_step + 1
+    document = dirl.trajectory_document(torch.ones(P).long(), torch.ones(L).long(), steps, 4, 9)
+    row = dirl.join([document], length=len(document["ids"]) + fill)
+    i, sees = torch.arange(len(row["ids"])), dirl.mask_mod(row["doc"], row["view"], row["pos"] // 4)
+    assert int(sees(0, 0, i[:, None], i).sum()) == measure.visible_pairs(P, L, 4 // per_step, fill)
+
+
 def test_pictures_come_from_the_code(tmp_path):
     from xml.dom.minidom import parse
     pictures, runs = module("pictures"), [tmp_path / "a", tmp_path / "b"]
@@ -146,8 +183,8 @@ def test_pictures_come_from_the_code(tmp_path):
     pictures.bias(tmp_path / "text")
     pictures.one_step(tmp_path / "text")
     shown = set(re.findall(r"\]\(\.github/([\w-]+\.svg)\)", README))
-    assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg"}
-    for name in shown:
+    assert shown == {"mask.svg", "curves.svg", "cost.svg", "bias.svg", "one-step.svg", "mismatch.svg"}
+    for name in shown - {"mismatch.svg"}:                           # see test_mismatch
         assert "prefers-color-scheme:dark" in (tmp_path / name).read_text()
         assert len(parse(str(tmp_path / name)).getElementsByTagName("text")) > 3
     assert (tmp_path / "mask.svg").read_text() == (HERE / "mask.svg").read_text(encoding="utf-8")
