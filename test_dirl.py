@@ -2712,6 +2712,16 @@ def gradients(folder, file):
         two = dirl.Group(groups[0].trajectories[:2], None, groups[0].rewards[:2])      # of which a third rank has none
         chosen = groups if n == 2 else [two]
         keep(f"{objective} {n}", dirl.dipo_rows(policy, changed(c, objective=objective), chosen)[0], loss_of)
+    reference, optimizer = dirl.load_policy(folder, c), dirl.make_optimizer(policy, c)
+    policy.model.zero_grad()
+    given = changed(c, objective="eq7", beta=0.1, importance=0.9)
+    metrics = dirl.train_on(policy, reference, optimizer, given, groups, 1)
+    found["metrics"] = torch.tensor([metrics[x] for x in ("loss", "kl", "importance", "importance_capped", "importance_ess")])
+    if dirl.world() > 1:
+        weight = reference.model.lm_head.weight                     # sharded again, though no backward did it
+        assert isinstance(weight, dirl.DTensor)
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in weight.device_mesh.get_all_groups()]
+        assert timeouts and all(x == dirl.PATIENCE for x in timeouts), timeouts
     if dirl.rank() == 0:
         save_file({name: tensor.detach().clone() for name, tensor in found.items()}, file)
 
@@ -2731,6 +2741,7 @@ def test_any_number_of_ranks_gives_one_gradient(policies, tmp_path):
         assert found.keys() == one.keys()
         assert all(torch.equal(found[x], one[x]) for x in one if x.startswith("weight "))
         assert files_under(tmp_path / str(n) / "model.safetensors.saved") == saved
+        assert torch.allclose(found["metrics"], one["metrics"], rtol=1e-4, atol=1e-6), (found["metrics"], one["metrics"])
         for name in ("sft", "sft of one example", *(f"eq{e} {k}" for e in (6, 7, 8) for k in (1, 2))):
             assert torch.isclose(found[name + " loss"], one[name + " loss"], rtol=1e-5, atol=1e-8)
             names = [x for x in one if x.startswith(name + " ") and x.split()[-1] not in ("loss", "rows")]
