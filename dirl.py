@@ -1113,7 +1113,8 @@ def dipo_rows(policy, c, groups):
 
 def train_on(policy, reference, optimizer, c, mixed, step):
     """(5): --updates of the policy on mixed groups. Returns their part of the metrics, null without any."""
-    metrics = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logp_gap", "grad_norm"))
+    weighed = ("importance", "importance_capped", "importance_ess") if c.importance else ()
+    metrics = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logp_gap", "grad_norm", *weighed))
     if not mixed:
         return metrics | {"forward_tokens": 0}
     rows, metrics["forward_tokens"] = dipo_rows(policy, c, mixed)
